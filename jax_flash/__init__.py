@@ -1,0 +1,20 @@
+"""FlashAttention-class attention for JAX: `attention`, its definition in `reference`, and Flax modules in `nn`."""
+
+from __future__ import annotations
+
+import importlib
+from typing import Any
+
+from jax_flash import reference
+from jax_flash.api import attention
+
+__all__ = ["__version__", "attention", "nn", "reference"]
+
+
+def __getattr__(name: str) -> Any:
+    # What few programs use and takes time to import: nn imports flax.
+    if name == "nn":
+        return importlib.import_module("jax_flash.nn")
+    if name == "__version__":
+        return importlib.import_module("importlib.metadata").version("jax-flash")
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

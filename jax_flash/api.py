@@ -1,0 +1,130 @@
+"""The public functions: user words -> checks -> canonical operands -> whoever computes them -> the user's layout."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import jax
+from jax.typing import ArrayLike, DTypeLike
+
+from jax_flash import canonical, launch, reference, validate
+from jax_flash.spec import Call
+
+
+def attention(
+    q: jax.Array,
+    k: jax.Array,
+    v: jax.Array,
+    *,
+    causal: bool = False,
+    window_size: tuple[int | None, int | None] | None = (-1, -1),
+    softcap: float = 0.0,
+    softmax_scale: float | jax.Array | None = None,
+    sinks: jax.Array | None = None,
+    q_descale: ArrayLike | None = None,
+    k_descale: ArrayLike | None = None,
+    v_descale: ArrayLike | None = None,
+    cu_seqlens_q: jax.Array | None = None,
+    cu_seqlens_k: jax.Array | None = None,
+    max_seqlen_q: int | None = None,
+    max_seqlen_k: int | None = None,
+    seqused_q: jax.Array | None = None,
+    seqused_k: jax.Array | None = None,
+    out_dtype: DTypeLike | None = None,
+    return_lse: bool = False,
+    implementation: str | None = None,
+) -> Any:
+    """Exact attention, softmax(scale * q @ k.T) @ v, in memory linear in the sequence lengths.
+
+    B is the batch or, for packed arrays, the number of sequences; Sq and Sk are query and key lengths; Tq and Tk the
+    tokens of all packed sequences; H and Hk the query and key/value heads, H a multiple of Hk; D the head dim of q and
+    k, Dv that of v. Packed q may go with dense k and v and the reverse.
+
+    A row that sees no key gives 0 and an LSE of -inf (with a sink: the sink), rows that belong to no sequence or lie
+    past `seqused_q` give 0 and -inf. What lies in unused rows of q, k and v, NaN included, reaches no used row and no
+    gradient. Index arrays may hold any values: they are made increasing and cut to the arrays they index. The same
+    inputs give the same bits. Gradients flow to q, k, v, softmax_scale, sinks and the descales; FP8 inputs have none.
+
+    Args:
+      q: queries, dense (B, Sq, H, D) or packed (Tq, H, D); float16, bfloat16, float32 or float8_e4m3fn. D and Dv are
+        multiples of 8 (16 for FP8) up to 256, any for "xla".
+      k: keys, (B, Sk, Hk, D) or (Tk, Hk, D), of the dtype of q.
+      v: values, (B, Sk, Hk, Dv) or (Tk, Hk, Dv), of the dtype of q.
+      causal: query i sees keys j <= i + Sk - Sq, in each sequence, with the used lengths.
+      window_size: (left, right): query i sees keys i + Sk - Sq - left <= j <= i + Sk - Sq + right; -1 or None is
+        unbounded. `causal` makes right 0.
+      softcap: scores become softcap * tanh(score / softcap) before masking; 0 is off.
+      softmax_scale: a Python float, or a float32 scalar that may be traced; D ** -0.5 unless given.
+      sinks: float (H,), one logit a query head that takes part in the softmax and has no value.
+      q_descale: float32 (), (B,), (B, Hk) or (B, H): what one unit of the stored q is worth. Allowed with any dtype.
+      k_descale: float32 (), (B,) or (B, Hk), likewise.
+      v_descale: float32 (), (B,) or (B, Hk), likewise.
+      cu_seqlens_q: int32 (B + 1,), for packed q: sequence b is rows cu_seqlens_q[b] to cu_seqlens_q[b + 1], which may
+        be none.
+      cu_seqlens_k: int32 (B + 1,), for packed k and v.
+      max_seqlen_q: the longest query sequence if known: a hint for speed, which never changes the result.
+      max_seqlen_k: the longest key sequence, likewise.
+      seqused_q: int32 (B,): only the first seqused_q[b] query rows of each sequence count.
+      seqused_k: int32 (B,): only the first seqused_k[b] keys of each sequence count.
+      out_dtype: float16, bfloat16 or float32; the dtype of q unless given, bfloat16 for FP8.
+      return_lse: whether to return the log-sum-exp of the scores too.
+      implementation: "cuda" (a GPU of compute capability 9.0), "cpu" or "xla" (plain jnp); None takes the one that
+        serves the platform, "xla" with a warning where none does.
+
+    Returns:
+      out, of the shape of q with Dv for D; with `return_lse` also the natural-log sum of exponentials, float32
+      (B, H, Sq) or, for packed q, (H, Tq), which is differentiable.
+
+    Raises:
+      TypeError, ValueError: an argument is wrong; raised while tracing, names the argument, what was expected and came.
+      NotImplementedError: the request is right, and no kernel serves it, or none of the implementation asked for here.
+
+    Source: FlashAttention-3, https://arxiv.org/abs/2407.08608; names follow its interface.
+    """
+    call = Call(
+        q,
+        k,
+        v,
+        causal=causal,
+        window_size=window_size,
+        softcap=softcap,
+        softmax_scale=softmax_scale,
+        sinks=sinks,
+        q_descale=q_descale,
+        k_descale=k_descale,
+        v_descale=v_descale,
+        cu_seqlens_q=cu_seqlens_q,
+        cu_seqlens_k=cu_seqlens_k,
+        max_seqlen_q=max_seqlen_q,
+        max_seqlen_k=max_seqlen_k,
+        seqused_q=seqused_q,
+        seqused_k=seqused_k,
+        out_dtype=out_dtype,
+        return_lse=return_lse,
+        implementation=implementation,
+    )
+    validate.check(call)
+    if reason := _why_not(implementation):
+        raise NotImplementedError(f"implementation {implementation!r} cannot run here: {reason}")
+    computed, operands = canonical.canonical(call)
+    # Without a query, a key or a value there is nothing for a kernel to do.
+    if implementation == "xla" or 0 in (*operands.q.shape, *operands.v.shape, operands.batch):
+        out, lse = reference.forward(computed, operands)
+    else:
+        # Imported here, for the part of JAX that it needs takes as long to import as all the rest.
+        from jax_flash import primitive
+
+        out, lse = primitive.attend(computed, operands)
+    return canonical.restore(call, out, lse)
+
+
+def _why_not(implementation: str | None) -> str | None:
+    """Why an implementation asked for by name cannot run on this machine, or None."""
+    if implementation == "cuda":
+        return launch.why_no_cuda()
+    if implementation == "cpu":
+        try:
+            jax.devices("cpu")
+        except RuntimeError as error:
+            return f"JAX has no CPU backend ({error})."
+    return None

@@ -1,0 +1,80 @@
+"""From the user's words to the canonical form that every implementation takes, and back.
+
+Differentiable in whatever the user may differentiate: q, k, v, softmax_scale, the descales and sinks.
+"""
+
+from __future__ import annotations
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from jax_flash.spec import UNBOUNDED, Attention, Call, Operands
+
+MAX_WINDOW = 2**30
+"""As good as unbounded, and a position plus or minus it still fits an int32."""
+
+
+def canonical(call: Call) -> tuple[Attention, Operands]:
+    """What a checked call computes, and the arrays it computes it from."""
+    left, right = (-1, -1) if call.window_size is None else call.window_size
+    attention = Attention(
+        window_left=_window(left),
+        window_right=0 if call.causal else _window(right),
+        softcap=float(call.softcap),
+        out_dtype=_out_dtype(call),
+        return_lse=bool(call.return_lse),
+        implementation=call.implementation,
+    )
+    operands = Operands(
+        q=jnp.asarray(call.q)[None] if call.packed_q else jnp.asarray(call.q),
+        k=jnp.asarray(call.k)[None] if call.packed_k else jnp.asarray(call.k),
+        v=jnp.asarray(call.v)[None] if call.packed_k else jnp.asarray(call.v),
+        scale=_scale(call),
+        v_scale=_descale(call.v_descale, heads=call.k.shape[-2]),
+        sinks=_absent(np.float32) if call.sinks is None else jnp.asarray(call.sinks, jnp.float32)[None],
+        cu_seqlens_q=jnp.asarray(call.cu_seqlens_q)[None] if call.packed_q else _absent(np.int32),
+        cu_seqlens_k=jnp.asarray(call.cu_seqlens_k)[None] if call.packed_k else _absent(np.int32),
+        seqused_q=_absent(np.int32) if call.seqused_q is None else jnp.asarray(call.seqused_q),
+        seqused_k=_absent(np.int32) if call.seqused_k is None else jnp.asarray(call.seqused_k),
+    )
+    return attention, operands
+
+
+def restore(call: Call, out: jax.Array, lse: jax.Array) -> jax.Array | tuple[jax.Array, jax.Array]:
+    """The results of a call in the user's layout: out, or (out, lse)."""
+    if call.packed_q:
+        out = out[0]
+        lse = lse[0] if call.return_lse else lse
+    return (out, lse) if call.return_lse else out
+
+
+def _window(size: int | None) -> int:
+    return UNBOUNDED if size is None or size < 0 else min(int(size), MAX_WINDOW)
+
+
+def _out_dtype(call: Call) -> str:
+    if call.out_dtype is not None:
+        return np.dtype(call.out_dtype).name
+    return "bfloat16" if call.q.dtype == jnp.float8_e4m3fn else call.q.dtype.name
+
+
+def _scale(call: Call):
+    """The factor of q . k, (B or 1, H or 1); a constant when the user gives none of its parts."""
+    heads = call.q.shape[-2]
+    scale = call.q.shape[-1] ** -0.5 if call.softmax_scale is None else call.softmax_scale
+    return _descale(scale, heads=heads) * _descale(call.q_descale, heads=heads) * _descale(call.k_descale, heads=heads)
+
+
+def _descale(descale, *, heads: int):
+    """A factor (), (B,) or (B, heads) as float32 (B or 1, heads or 1); fewer heads repeat over the heads of a group."""
+    if not isinstance(descale, (jax.Array, np.ndarray)):
+        return np.full((1, 1), 1.0 if descale is None else descale, np.float32)
+    descale = jnp.asarray(descale).reshape(descale.shape + (1,) * (2 - descale.ndim))
+    if descale.shape[1] not in (1, heads):
+        descale = jnp.repeat(descale, heads // descale.shape[1], axis=1)
+    return descale
+
+
+def _absent(dtype) -> np.ndarray:
+    return np.zeros((0,), dtype)

@@ -1,0 +1,138 @@
+"""Which kernel computes a call: candidates, the legal ones, the best. Pure functions of the call; no JAX, no GPU.
+
+Every odd number here has its reason beside it; docs/design.md tells how they were found.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import itertools
+import math
+from collections.abc import Iterator
+
+from jax_flash.spec import UNBOUNDED, KernelSpec
+
+SHARED_LIMIT = 227 * 1024
+"""Bytes of shared memory that one CTA may have on compute capability 9.0."""
+
+HEAD_DIMS = (64, 96, 128, 192, 256)
+"""Head dims that kernels are compiled for; others are padded with zeros, up to the next."""
+
+_SWIZZLE_BYTES = 128
+_BASE_REGISTERS = {2: 36, 3: 32}
+"""What a consumer thread takes besides output, scores, P and product, by consumers of a CTA: found by compiling."""
+_FEATURE_REGISTERS = {"packed_q": 4, "packed_k": 4, "window_left": 4, "softcap": 12}
+"""What features add to that, found in the same way."""
+_FP8_REGISTERS = 5
+"""And the conversion of P to e4m3."""
+
+def padded_head_dim(head_dim: int) -> int:
+    """The head dim of the kernel that serves `head_dim`."""
+    return next(d for d in HEAD_DIMS if d >= head_dim)
+
+
+def element_bytes(element: str) -> int:
+    """Bytes of one element of q, k and v."""
+    return 1 if element == "float8_e4m3fn" else 2
+
+
+def choose(
+    *,
+    element: str,
+    out: str,
+    head_dim: int,
+    head_dim_v: int,
+    window_left: int,
+    window_right: int,
+    **features: bool,
+) -> KernelSpec:
+    """The best legal KernelSpec for a call; `features` are the remaining flags of KernelSpec."""
+    fixed = {
+        "element": element,
+        "out": out,
+        "head_dim": padded_head_dim(head_dim),
+        "head_dim_v": padded_head_dim(head_dim_v),
+        "key_alignment": 16 if element == "float8_e4m3fn" and features["packed_k"] else 1,
+        "window_left": window_left != UNBOUNDED,
+        "window_right": window_right != UNBOUNDED,
+        **features,
+    }
+    return min(filter(legal, candidates(fixed)), key=cost)
+
+
+def candidates(fixed: dict) -> Iterator[KernelSpec]:
+    """Every tiling of a call whose other fields are `fixed`."""
+    is_fp8 = element_bytes(fixed["element"]) == 1
+    dim_v = fixed["head_dim_v"]
+    # FP8 adds each product in float32, so a wide one can be multiplied in pieces through one small accumulator.
+    pieces = [v for v in (dim_v, 96, 64, 32, 16) if dim_v % v == 0] if is_fp8 else [dim_v]
+    step = 32 if is_fp8 else 16
+    for consumers, tile_n, tile_v in itertools.product((2, 3), range(step, 257, step), pieces):
+        tiling = {"tile_m": 64 * consumers, "tile_n": tile_n, "tile_v": tile_v, "stages": 2}
+        producer, consumer = register_split(fixed, consumers)
+        yield KernelSpec(
+            **fixed,
+            **tiling,
+            threads=128 * (consumers + 1),
+            producer_registers=producer,
+            consumer_registers=consumer,
+            shared_bytes=shared_bytes(fixed, **tiling),
+        )
+
+
+def register_split(fixed: dict, consumers: int) -> tuple[int, int]:
+    """Registers of a producer and of a consumer thread, of the 64 K that a CTA has.
+
+    The producer spills below 40 when it walks a plain grid, and below 56 when it has to find bounds.
+    """
+    if consumers == 3:
+        return 32, 160
+    return (56, 224) if _finds_bounds(fixed) else (40, 232)
+
+
+def _finds_bounds(fixed: dict) -> bool:
+    return fixed["packed_q"] or fixed["packed_k"] or fixed["window_left"]
+
+
+def shared_bytes(fixed: dict, *, tile_m: int, tile_n: int, tile_v: int, stages: int) -> int:
+    """Bytes of SharedStorage in kernels/load.cuh, which checks this number."""
+    size = element_bytes(fixed["element"])
+    rows_of_128 = lambda columns: -(-columns * size // _SWIZZLE_BYTES) * _SWIZZLE_BYTES  # noqa: E731
+    q = tile_m * rows_of_128(fixed["head_dim"])
+    k = tile_n * rows_of_128(fixed["head_dim"])
+    v = tile_n * (fixed["head_dim_v"] if size == 1 else rows_of_128(fixed["head_dim_v"]))
+    barriers = 16 * (1 + 2 * stages)
+    return -(-(q + stages * (k + v) + barriers) // 1024) * 1024
+
+
+def accumulators(spec: KernelSpec) -> int:
+    """Registers of a consumer thread for output, scores, P, and the separate product of FP8."""
+    size = element_bytes(spec.element)
+    product = spec.tile_v // 2 if size == 1 else 0
+    return spec.head_dim_v // 2 + spec.tile_n // 2 + spec.tile_n * size // 8 + product
+
+
+def legal(spec: KernelSpec) -> bool:
+    """Whether the tiling fits the machine."""
+    consumers = spec.tile_m // 64
+    is_fp8 = element_bytes(spec.element) == 1
+    registers = accumulators(spec) + _BASE_REGISTERS[consumers] + (_FP8_REGISTERS if is_fp8 else 0)
+    registers += sum(count for name, count in _FEATURE_REGISTERS.items() if getattr(spec, name))
+    if spec.shared_bytes > SHARED_LIMIT or registers > spec.consumer_registers:
+        return False
+    # With three consumers only 32 registers are left to the producer.
+    if consumers == 3 and _finds_bounds(dataclasses.asdict(spec)):
+        return False
+    # The buffers of transposed V begin at multiples of 1024 bytes.
+    return not is_fp8 or spec.tile_n * spec.head_dim_v % 1024 == 0
+
+
+def cost(spec: KernelSpec) -> tuple:
+    """Smaller is better: wide steps keep the tensor cores busy; at D 64 three consumers hide the softmax."""
+    wants_three = element_bytes(spec.element) == 2 and max(spec.head_dim, spec.head_dim_v) <= 64
+    # A diagonal wastes half of each masked block, which narrower steps make smaller.
+    widest = 128 if spec.window_right or spec.window_left else 256
+    # Only the first piece of PV runs beside the softmax: twice as many pieces cost about as much as 20 keys fewer.
+    pieces = spec.head_dim_v // spec.tile_v
+    width = min(spec.tile_n, widest) - 20 * math.log2(pieces)
+    return spec.tile_m // 64 != (3 if wants_three else 2), -width, spec.tile_n

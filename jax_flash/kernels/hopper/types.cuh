@@ -1,0 +1,81 @@
+// Numbers: short names for integers, element types, and packing float32 into them.
+#pragma once
+
+namespace jax_flash {
+
+using u8 = unsigned char;
+using u16 = unsigned short;
+using u32 = unsigned int;
+using u64 = unsigned long long;
+using i64 = long long;
+static_assert(sizeof(int) == 4 && sizeof(float) == 4 && sizeof(u64) == 8, "sizes that the host relies on");
+
+constexpr float kInfinity = __builtin_bit_cast(float, 0x7f800000u);
+constexpr float kLog2E = 1.4426950408889634f;
+constexpr float kLn2 = 0.6931471805599453f;
+
+// Element types are named only; values live packed in 32-bit registers.
+struct Float16 {
+  static constexpr int kBytes = 2;
+};
+struct BFloat16 {
+  static constexpr int kBytes = 2;
+};
+struct Float8E4M3 {
+  static constexpr int kBytes = 1;
+};
+struct Float32 {
+  static constexpr int kBytes = 4;
+};
+
+// Two float32 into one register of 16-bit elements, `low` in the low half.
+template <typename Element>
+__device__ __forceinline__ u32 pack2(float low, float high);
+
+template <>
+__device__ __forceinline__ u32 pack2<Float16>(float low, float high) {
+  u32 packed;
+  asm("cvt.rn.f16x2.f32 %0, %1, %2;" : "=r"(packed) : "f"(high), "f"(low));
+  return packed;
+}
+
+template <>
+__device__ __forceinline__ u32 pack2<BFloat16>(float low, float high) {
+  u32 packed;
+  asm("cvt.rn.bf16x2.f32 %0, %1, %2;" : "=r"(packed) : "f"(high), "f"(low));
+  return packed;
+}
+
+// Four float32 into one register of e4m3, the first in the lowest byte; values past 448 saturate.
+__device__ __forceinline__ u32 pack4_e4m3(float a, float b, float c, float d) {
+  u32 packed;
+  asm("{\n"
+      ".reg .b16 low, high;\n"
+      "cvt.rn.satfinite.e4m3x2.f32 low, %2, %1;\n"
+      "cvt.rn.satfinite.e4m3x2.f32 high, %4, %3;\n"
+      "mov.b32 %0, {low, high};\n"
+      "}"
+      : "=r"(packed)
+      : "f"(a), "f"(b), "f"(c), "f"(d));
+  return packed;
+}
+
+__device__ __forceinline__ float exp2_approx(float x) {
+  float y;
+  asm("ex2.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(x));
+  return y;
+}
+
+__device__ __forceinline__ float log2_approx(float x) {
+  float y;
+  asm("lg2.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(x));
+  return y;
+}
+
+__device__ __forceinline__ float reciprocal_approx(float x) {
+  float y;
+  asm("rcp.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(x));
+  return y;
+}
+
+}  // namespace jax_flash

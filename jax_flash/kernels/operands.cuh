@@ -1,0 +1,31 @@
+// The arrays of one call, as pointers in the order in which the launcher passes them, and the tensor maps.
+#pragma once
+
+#include "hopper/tma.cuh"
+#include "hopper/types.cuh"
+
+namespace jax_flash {
+
+// Operands as in spec.Operands, then the results. An absent operand must not be read.
+struct Operands {
+  const void* q;
+  const void* k;
+  const void* v;
+  const float* scale;
+  const float* v_scale;
+  const float* sinks;
+  const int* cu_seqlens_q;
+  const int* cu_seqlens_k;
+  const int* seqused_q;
+  const int* seqused_k;
+  void* out;
+  float* lse;
+};
+
+struct TensorMaps {
+  TensorMap q;
+  TensorMap k;
+  TensorMap v;
+};
+
+}  // namespace jax_flash

@@ -1,0 +1,209 @@
+// Schedule: which rows of which head a CTA works on next, and which keys they see. Every warp of a CTA walks the same tiles
+// by itself, so nothing is handed over. Tiles are dealt out in rounds of one per CTA, every other round in reverse: under a
+// causal mask lengths fall along a round, and so each CTA gets as many long tiles as short ones.
+//
+// Index arrays are read as they are defined for all platforms: the boundaries of a group are the running maximum of its
+// cu_seqlens, clamped to [0, rows], and lengths are clamped to the sequence. So no value leads outside a buffer, and
+// sequences never overlap.
+#pragma once
+
+#include "hopper/warp.cuh"
+#include "operands.cuh"
+#include "params.h"
+#include "spec.h"
+
+namespace jax_flash {
+
+// kTileM rows of Q of one head.
+struct Tile {
+  int head;
+  int sequence;   // -1: rows of no sequence, whose output is zero
+  int q_group;    // where the rows lie: group,
+  int q_row;      // first row in it,
+  int rows;       // and how many of them are this tile's to write
+  int q_index;    // position of the first row in its sequence
+  int q_len;      // used rows of the sequence
+  int kv_group;   // where its keys lie: group,
+  int kv_row;     // first row in it,
+  int kv_len;     // and how many of them are used
+};
+
+__device__ __forceinline__ int clamp(int x, int low, int high) { return max(low, min(x, high)); }
+
+// Boundary i of a group that cu_seqlens cuts: the running maximum of the array. All lanes take part.
+__device__ __forceinline__ int boundary(const int* cu_seqlens, int i, int rows) {
+  int largest = 0;
+  for (int j = lane_index(); j <= i; j += kWarpSize) largest = max(largest, __ldg(cu_seqlens + j));
+  for (int distance = kWarpSize / 2; distance > 0; distance /= 2) {
+    largest = max(largest, __shfl_xor_sync(kAllLanes, largest, distance));
+  }
+  return min(largest, rows);
+}
+
+class Schedule {
+ public:
+  __device__ __forceinline__ Schedule(const Operands& operands, const Params& params)
+      : operands_(operands), params_(params) {
+    if constexpr (!spec::kPackedQ) {
+      const int m_blocks = (params.q_rows + spec::kTileM - 1) / spec::kTileM;
+      const int pairs = params.batch * params.heads;
+      section_ = 1;
+      if constexpr (spec::kWindowRight) {
+        // The longest tiles come first, so neighbouring CTAs hold different heads: as many heads to a section as have
+        // keys and values that stay in the L2 cache together.
+        constexpr i64 kL2Bytes = 32 << 20;
+        const i64 head_bytes = static_cast<i64>(params.kv_rows) * (params.head_dim + params.head_dim_v) *
+                               spec::Element::kBytes * params.kv_heads / params.heads;
+        section_ = static_cast<int>(min(static_cast<i64>(pairs), max(1ll, kL2Bytes / max(1ll, head_bytes))));
+      }
+      m_blocks_ = m_blocks;
+      tiles_ = m_blocks * pairs;
+    }
+  }
+
+  // The next tile, if there is one. All lanes take part.
+  __device__ __forceinline__ bool next(Tile& tile) {
+    index_ = round_ * gridDim.x + (round_ % 2 == 0 ? blockIdx.x : gridDim.x - 1 - blockIdx.x);
+    ++round_;
+    bool found;
+    if constexpr (spec::kPackedQ) {
+      found = find_packed(tile);
+    } else {
+      found = find_dense(tile);
+    }
+    if (found) find_keys(tile);
+    return found;
+  }
+
+ private:
+  __device__ __forceinline__ bool find_dense(Tile& tile) {
+    if (index_ >= tiles_) return false;
+    const int pairs = params_.batch * params_.heads;
+    const int first = index_ / (section_ * m_blocks_) * section_;
+    const int in_section = index_ - first * m_blocks_;
+    const int width = min(section_, pairs - first);
+    const int pair = first + in_section % width;
+    tile.sequence = pair / params_.heads;
+    tile.head = pair % params_.heads;
+    tile.q_group = tile.sequence;
+    tile.q_index = tile.q_row = (m_blocks_ - 1 - in_section / width) * spec::kTileM;
+    tile.rows = min(spec::kTileM, params_.q_rows - tile.q_row);
+    tile.q_len = params_.q_rows;
+    return true;
+  }
+
+  // A group of n sequences is n + 2 segments of rows: before the first, the sequences, after the last. A warp looks at 32
+  // segments at a time and remembers where it stands, as later tiles never lie further back.
+  __device__ __forceinline__ bool find_packed(Tile& tile) {
+    const int sequences = params_.batch / params_.q_groups;
+    const int segments = params_.q_groups * (sequences + 2);
+    while (window_ < segments) {
+      const int segment = window_ + lane_index();
+      const int group = min(segment, segments - 1) / (sequences + 2);
+      const int in_group = min(segment, segments - 1) - group * (sequences + 2);
+      int end = params_.q_rows;
+      if (in_group <= sequences) {
+        end = clamp(__ldg(operands_.cu_seqlens_q + static_cast<i64>(group) * (sequences + 1) + in_group), 0, end);
+      }
+      end = max(warp_scan_max(group * params_.q_rows + end), window_row_);
+      int begin = __shfl_up_sync(kAllLanes, end, 1);
+      if (lane_index() == 0) begin = window_row_;
+      const int m_blocks = (end - begin + spec::kTileM - 1) / spec::kTileM;
+      const int tiles_end = window_tiles_ + warp_scan_sum(m_blocks * params_.heads);
+      const u32 later = __ballot_sync(kAllLanes, tiles_end > index_);
+      if (later == 0) {
+        window_ += kWarpSize;
+        window_row_ = __shfl_sync(kAllLanes, end, kWarpSize - 1);
+        window_tiles_ = __shfl_sync(kAllLanes, tiles_end, kWarpSize - 1);
+        continue;
+      }
+      const int owner = __ffs(later) - 1;
+      const int owner_m_blocks = __shfl_sync(kAllLanes, m_blocks, owner);
+      const int owner_begin = __shfl_sync(kAllLanes, begin, owner);
+      const int owner_end = __shfl_sync(kAllLanes, end, owner);
+      const int owner_group = __shfl_sync(kAllLanes, group, owner);
+      const int owner_in_group = __shfl_sync(kAllLanes, in_group, owner);
+      const int local = index_ - (__shfl_sync(kAllLanes, tiles_end, owner) - owner_m_blocks * params_.heads);
+      tile.head = local / owner_m_blocks;
+      tile.q_index = (owner_m_blocks - 1 - local % owner_m_blocks) * spec::kTileM;
+      tile.rows = min(spec::kTileM, owner_end - owner_begin - tile.q_index);
+      tile.q_group = owner_group;
+      tile.q_row = owner_begin - owner_group * params_.q_rows + tile.q_index;
+      const bool in_sequence = owner_in_group >= 1 && owner_in_group <= sequences;
+      tile.sequence = in_sequence ? owner_group * sequences + owner_in_group - 1 : -1;
+      tile.q_len = in_sequence ? owner_end - owner_begin : 0;
+      return true;
+    }
+    return false;
+  }
+
+  // The used lengths of the tile's sequence, and where its keys lie.
+  __device__ __forceinline__ void find_keys(Tile& tile) {
+    tile.kv_group = tile.kv_row = tile.kv_len = 0;
+    if (tile.sequence < 0) return;
+    if constexpr (spec::kSequsedQ) tile.q_len = clamp(__ldg(operands_.seqused_q + tile.sequence), 0, tile.q_len);
+    tile.kv_group = tile.sequence;
+    tile.kv_len = params_.kv_rows;
+    if constexpr (spec::kPackedK) {
+      const int sequences = params_.batch / params_.kv_groups;
+      tile.kv_group = tile.sequence / sequences;
+      const int in_group = tile.sequence - tile.kv_group * sequences;
+      const int* cu_seqlens = operands_.cu_seqlens_k + static_cast<i64>(tile.kv_group) * (sequences + 1);
+      tile.kv_row = boundary(cu_seqlens, in_group, params_.kv_rows);
+      tile.kv_len = boundary(cu_seqlens, in_group + 1, params_.kv_rows) - tile.kv_row;
+    }
+    if constexpr (spec::kSequsedK) tile.kv_len = clamp(__ldg(operands_.seqused_k + tile.sequence), 0, tile.kv_len);
+  }
+
+  const Operands& operands_;
+  const Params& params_;
+  int round_ = 0;
+  int index_ = 0;
+  int tiles_ = 0;
+  int m_blocks_ = 0;
+  int section_ = 1;         // pairs of sequence and head that are worked on side by side
+  int window_ = 0;          // first segment of the 32 that the warp looks at,
+  int window_row_ = 0;      // where it begins, counted over all groups,
+  int window_tiles_ = 0;    // and the tiles before it
+};
+
+// The keys that a tile sees, as blocks of kTileN, counted from `origin_row`.
+struct KeyRange {
+  int origin_row;   // in the group
+  int lead;         // keys between the origin and the sequence's first key; they are masked
+  int begin, end;   // blocks that some row sees
+  int full_begin, full_end;  // of these, the ones that every row sees whole
+
+  __device__ __forceinline__ bool empty() const { return begin >= end; }
+};
+
+// Keys that row `q_index` of the sequence sees: [first, last), as if every row of the sequence were used.
+__device__ __forceinline__ int first_key(const Tile& tile, const Params& params, int q_index) {
+  if constexpr (!spec::kWindowLeft) return 0;
+  return max(0, q_index + tile.kv_len - tile.q_len - params.window_left);
+}
+
+__device__ __forceinline__ int last_key(const Tile& tile, const Params& params, int q_index) {
+  if constexpr (!spec::kWindowRight) return tile.kv_len;
+  return min(tile.kv_len, q_index + tile.kv_len - tile.q_len + params.window_right + 1);
+}
+
+__device__ __forceinline__ KeyRange key_range(const Tile& tile, const Params& params) {
+  KeyRange range{};
+  const int top = tile.q_index;
+  const int bottom = min(top + spec::kTileM, tile.q_len) - 1;
+  const int last = last_key(tile, params, bottom);
+  const int first = first_key(tile, params, top);
+  if (bottom < top || last <= first) return range;
+  // Transposed FP8 values keep 16 keys in the order of P's registers, so their blocks begin at multiples of 16 rows.
+  if constexpr (spec::kKeyAlignment > 1) range.lead = tile.kv_row % spec::kKeyAlignment;
+  range.origin_row = tile.kv_row - range.lead;
+  range.begin = (first + range.lead) / spec::kTileN;
+  range.end = (last + range.lead + spec::kTileN - 1) / spec::kTileN;
+  const int whole_from = first_key(tile, params, bottom) + range.lead;
+  range.full_begin = (whole_from + spec::kTileN - 1) / spec::kTileN;
+  range.full_end = max(0, last_key(tile, params, top) + range.lead) / spec::kTileN;
+  return range;
+}
+
+}  // namespace jax_flash

@@ -1,0 +1,195 @@
+"""The FFI calls: operand order, attributes, TMA maps; targets are registered when the first call is lowered."""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from jax_flash import codegen, heuristics, jit
+from jax_flash.spec import Attention, KernelSpec, Operands, Params
+
+
+@functools.cache
+def register(platform: str) -> None:
+    """Registers the handlers of a platform with JAX. State types come first: a target names the types it uses."""
+    from jax_flash import _ffi
+
+    xla_name = {"cpu": "cpu", "cuda": "CUDA"}[platform]
+    for name, type_info in _ffi.types(platform).items():
+        jax.ffi.register_ffi_type(name, type_info, platform=xla_name)
+    for name, target in _ffi.targets(platform).items():
+        jax.ffi.register_ffi_target(name, target, platform=xla_name)
+
+
+def params_attribute(params: Params) -> dict[str, np.int32 | np.float32]:
+    """Params as an FFI attribute: the type of each field is the one that kernels/params.h gives it."""
+    return {
+        name: np.float32(value) if isinstance(value, float) else np.int32(value)
+        for name, value in dataclasses.asdict(params).items()
+    }
+
+
+def forward_result(attention: Attention, params: Params) -> tuple[jax.ShapeDtypeStruct, jax.ShapeDtypeStruct]:
+    """What the forward writes: out, and the LSE, which is empty unless asked for."""
+    lse_shape = (params.q_groups, params.heads, params.q_rows) if attention.return_lse else (0,)
+    return (
+        jax.ShapeDtypeStruct((params.q_groups, params.q_rows, params.heads, params.head_dim_v), attention.out_dtype),
+        jax.ShapeDtypeStruct(lse_shape, jnp.float32),
+    )
+
+
+def forward_cpu(attention: Attention, operands: Operands):
+    """The CPU handler: out and lse."""
+    register("cpu")
+    params = Params.of(attention, operands)
+    call = jax.ffi.ffi_call("jax_flash_cpu_forward", forward_result(attention, params))
+    return call(*operands, params=params_attribute(params))
+
+
+def backward_cpu(attention: Attention, operands: Operands, dout, lse, delta):
+    """The CPU handler's backward: dq, dk and dv, in the dtypes of q, k and v."""
+    register("cpu")
+    results = [jax.ShapeDtypeStruct(x.shape, x.dtype) for x in operands[:3]]
+    call = jax.ffi.ffi_call("jax_flash_cpu_backward", results)
+    return call(*operands, dout, lse, delta, params=params_attribute(Params.of(attention, operands)))
+
+
+# CUDA.
+
+
+def why_no_cuda() -> str | None:
+    """Why no CUDA kernel can run on this machine, or None."""
+    try:
+        devices = jax.devices("cuda")
+    except RuntimeError:
+        return "JAX sees no CUDA GPU."
+    return _why_not_capability(devices) or jit.why_no_nvrtc()
+
+
+def why_not_served(operands: Operands) -> str | None:
+    """Why no CUDA kernel serves a call, or None. Lowering for CUDA on a machine without a GPU assumes capability 9.0."""
+    if operands.q.dtype == jnp.float32:
+        return "the CUDA kernels take float16, bfloat16 and float8_e4m3fn, not float32."
+    try:
+        reason = _why_not_capability(jax.devices("cuda"))
+    except RuntimeError:
+        reason = None
+    return reason or jit.why_no_nvrtc()
+
+
+def _why_not_capability(devices) -> str | None:
+    capability = devices[0].compute_capability
+    return None if capability == "9.0" else f"the GPU has compute capability {capability}; the kernels need 9.0 (Hopper)."
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True, slots=True)
+class TensorMap:
+    """How TMA sees one operand, as TensorMapRecord in ffi/cuda.cc: four dims, the innermost first."""
+
+    operand: int
+    element_bytes: int
+    swizzle_bytes: int
+    dims: tuple[int, int, int, int]
+    """In elements."""
+    strides: tuple[int, int, int]
+    """In bytes, of all dims but the innermost."""
+    box: tuple[int, int, int, int]
+    """What one copy brings, in elements."""
+
+    def flat(self) -> list[int]:
+        """All numbers in order."""
+        return [self.operand, self.element_bytes, self.swizzle_bytes, *self.dims, *self.strides, *self.box]
+
+
+def _rows_map(operand: int, shape, size: int, tile_rows: int) -> TensorMap:
+    """An array (groups, rows, heads, columns), in boxes of 128 bytes of `tile_rows` rows of one head."""
+    groups, rows, heads, columns = shape
+    return TensorMap(
+        operand=operand,
+        element_bytes=size,
+        swizzle_bytes=128,
+        dims=(columns, rows, heads, groups),
+        strides=(heads * columns * size, columns * size, rows * heads * columns * size),
+        box=(128 // size, tile_rows, 1, 1),
+    )
+
+
+def _columns_map(operand: int, shape, tile_columns: int) -> TensorMap:
+    """An FP8 array (groups, heads, columns, rows), in boxes of 32 rows (and bytes) of `tile_columns` columns."""
+    groups, heads, columns, rows = shape
+    return TensorMap(
+        operand=operand,
+        element_bytes=1,
+        swizzle_bytes=32,
+        dims=(rows, columns, heads, groups),
+        strides=(rows, columns * rows, heads * columns * rows),
+        box=(32, tile_columns, 1, 1),
+    )
+
+
+def transpose_fp8_values(v):
+    """V (G, S, Hk, Dv) as FP8 wgmma wants it: (G, Hk, Dv, S up to a multiple of 16), keys innermost.
+
+    Within 16 keys the order is that in which a thread holds P in registers (kernels/fragment.cuh): position 4q + 2i + e
+    holds key 8i + 2q + e. XLA fuses this into whatever computes V.
+    """
+    groups, rows, heads, columns = v.shape
+    v = jnp.pad(v, ((0, 0), (0, -rows % 16), (0, 0), (0, 0)))
+    v = v.reshape(groups, -1, 2, 4, 2, heads, columns)
+    return v.transpose(0, 5, 6, 1, 3, 2, 4).reshape(groups, heads, columns, -1)
+
+
+def kernel_spec(attention: Attention, operands: Operands) -> KernelSpec:
+    """The kernel that heuristics.py chooses for a call."""
+    return heuristics.choose(
+        element=operands.q.dtype.name,
+        out=attention.out_dtype,
+        head_dim=operands.q.shape[-1],
+        head_dim_v=operands.v.shape[-1],
+        window_left=attention.window_left,
+        window_right=attention.window_right,
+        softcap=attention.softcap > 0,
+        sinks=operands.has("sinks"),
+        packed_q=operands.has("cu_seqlens_q"),
+        packed_k=operands.has("cu_seqlens_k"),
+        seqused_q=operands.has("seqused_q"),
+        seqused_k=operands.has("seqused_k"),
+        lse=attention.return_lse,
+    )
+
+
+def forward_cuda(attention: Attention, operands: Operands):
+    """The CUDA forward kernel: out and lse."""
+    register("cuda")
+    spec = kernel_spec(attention, operands)
+    kernel = jit.compile(codegen.source("forward.cu", spec))
+    params = Params.of(attention, operands)
+    size = operands.q.dtype.itemsize
+    maps = [_rows_map(0, operands.q.shape, size, spec.tile_m), _rows_map(1, operands.k.shape, size, spec.tile_n)]
+    if size == 1:
+        operands = operands._replace(v=transpose_fp8_values(operands.v))
+        maps.append(_columns_map(2, operands.v.shape, spec.head_dim_v))
+    else:
+        maps.append(_rows_map(2, operands.v.shape, size, spec.tile_n))
+    call = jax.ffi.ffi_call("jax_flash_cuda_launch", forward_result(attention, params))
+    return call(
+        *operands,
+        cubin=np.frombuffer(kernel.cubin, np.uint8),
+        entry="forward",
+        tensor_maps=np.array([number for m in maps for number in m.flat()], np.int64),
+        max_grid=np.int64(_max_tiles(spec, params)),
+        threads=np.int64(spec.threads),
+        shared_bytes=np.int64(spec.shared_bytes),
+        params=params_attribute(params),
+    )
+
+
+def _max_tiles(spec: KernelSpec, params: Params) -> int:
+    """No call has more tiles than this: each sequence, and the rows around them in a group, may end in a partial one."""
+    whole = params.q_groups * -(-params.q_rows // spec.tile_m)
+    partial = params.batch + params.q_groups if spec.packed_q else 0
+    return params.heads * (whole + partial)

@@ -1,0 +1,203 @@
+"""The JAX primitives forward_p and backward_p: abstract evaluation, lowering by platform, batching; and the gradient."""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import warnings
+
+import jax
+import jax.numpy as jnp
+from jax.extend import core
+from jax.interpreters import batching, mlir
+
+from jax_flash import launch, reference
+from jax_flash.spec import Attention, Operands, Params
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
+def attend(attention: Attention, operands: Operands) -> tuple[jax.Array, jax.Array]:
+    """Attention on canonical operands, differentiable in q, k, v, scale, v_scale and sinks.
+
+    Returns:
+      out (G, Sq, H, Dv) in `attention.out_dtype`, and lse float32 (G, H, Sq), empty unless `attention.return_lse`.
+    """
+    out, lse = forward_p.bind(*operands, attention=attention)
+    return out, lse
+
+
+def _attend_forward(attention: Attention, operands: Operands):
+    if operands.q.dtype == jnp.float8_e4m3fn:
+        raise NotImplementedError(
+            "attention of float8_e4m3fn inputs has no gradient; differentiate through float16 or bfloat16 q, k and v."
+        )
+    out, lse = forward_p.bind(*operands, attention=dataclasses.replace(attention, return_lse=True))
+    return (out, lse if attention.return_lse else jnp.zeros((0,), lse.dtype)), (operands, out, lse)
+
+
+def _attend_backward(attention: Attention, saved, cotangents):
+    operands, out, lse = saved
+    dout, dlse = cotangents
+    # delta = sum over a row of P * dP. The cotangent of the LSE adds dlse * P to dS = P * (dP - delta).
+    delta = jnp.einsum("gqhd,gqhd->ghq", dout.astype(jnp.float32), out.astype(jnp.float32))
+    if attention.return_lse:
+        delta = delta - dlse
+    dq, dk, dv = backward_p.bind(*operands, dout, lse, delta, attention=attention)
+    q_index, k_index = reference.sequence_index(operands)
+    gradients = {
+        "q": dq,
+        "k": dk,
+        "v": dv,
+        "scale": _sum_rows(_row_dot(operands.q, dq), q_index, operands.batch, operands.scale) / operands.scale,
+        "v_scale": _sum_rows(_row_dot(operands.v, dv), k_index, operands.batch, operands.v_scale) / operands.v_scale,
+    }
+    if operands.has("sinks"):
+        sinks = jnp.broadcast_to(operands.sinks, (operands.batch, operands.sinks.shape[1]))
+        probability = jnp.exp(sinks[q_index] - jnp.swapaxes(lse, 1, 2))
+        rows = -probability * jnp.swapaxes(delta, 1, 2)
+        gradients["sinks"] = _sum_rows(rows, q_index, operands.batch, operands.sinks)
+    return (Operands(**{name: gradients.get(name) for name in Operands._fields}),)
+
+
+def _row_dot(x, dx):
+    return jnp.einsum("gshd,gshd->gsh", x.astype(jnp.float32), dx.astype(jnp.float32))
+
+
+def _sum_rows(rows, index, batch, like):
+    """Sums rows (G, S, heads) over each sequence, and over the axes in which `like` (B or 1, heads or 1) has one entry.
+
+    Rows of no sequence (index -1) do not count, whatever they hold.
+    """
+    segment = jnp.where(index < 0, batch, index).reshape(-1)
+    total = jax.ops.segment_sum(rows.reshape(-1, rows.shape[-1]), segment, batch + 1)[:batch]
+    return total.sum([axis for axis in (0, 1) if like.shape[axis] == 1], keepdims=True)
+
+
+attend.defvjp(_attend_forward, _attend_backward)
+
+
+# Abstract evaluation.
+
+
+def _forward_abstract(*arrays, attention: Attention):
+    results = launch.forward_result(attention, Params.of(attention, Operands(*arrays)))
+    return [jax.core.ShapedArray(x.shape, x.dtype) for x in results]
+
+
+def _backward_abstract(*arrays, attention: Attention):
+    return [jax.core.ShapedArray(x.shape, x.dtype) for x in Operands(*arrays[:-3])[:3]]
+
+
+# Batching: every operand leads with groups or sequences, so a mapped axis folds into its leading axis.
+
+_SHARED = ("scale", "v_scale", "sinks")
+"""Operands whose leading axis may be 1 and then stands for every sequence."""
+
+
+def _fold(x, axis, size, shared_by):
+    """Moves a mapped axis of `x` (None: broadcasts one) to the front and folds it into the leading axis.
+
+    With `shared_by` = B, a leading 1 is either kept, when nothing is mapped, or spread over the B sequences.
+    """
+    if x.size == 0:
+        return x
+    if axis is None:
+        if shared_by and x.shape[0] == 1:
+            return x
+        x = jnp.broadcast_to(x, (size, *x.shape))
+    else:
+        x = jnp.moveaxis(x, axis, 0)
+    if shared_by and x.shape[1] == 1:
+        x = jnp.broadcast_to(x, (size, shared_by, *x.shape[2:]))
+    return x.reshape(-1, *x.shape[2:])
+
+
+def _batch(primitive, arrays, axes, *, attention: Attention):
+    size = next(x.shape[axis] for x, axis in zip(arrays, axes, strict=True) if axis is not None)
+    names = (*Operands._fields, "dout", "lse", "delta")[: len(arrays)]
+    one = dict(zip(names, (x if axis is None else jax.eval_shape(lambda x, axis=axis: jnp.take(x, 0, axis), x)
+                           for x, axis in zip(arrays, axes, strict=True)), strict=True))
+    batch = Operands(*[one[name] for name in Operands._fields]).batch
+    folded = [
+        _fold(x, axis, size, batch if name in _SHARED else None)
+        for name, x, axis in zip(names, arrays, axes, strict=True)
+    ]
+    results = primitive.bind(*folded, attention=attention)
+    unfolded = [x.reshape(size, -1, *x.shape[1:]) if x.size else x for x in results]
+    return unfolded, [0 if x.size else batching.not_mapped for x in results]
+
+
+# Lowering.
+
+
+@functools.cache
+def _warn_reference(reason: str) -> None:
+    warnings.warn(f"jax_flash.attention runs as plain jnp here: {reason}", stacklevel=2)
+
+
+def _forward_cuda(*arrays, attention: Attention):
+    operands = Operands(*arrays)
+    if reason := launch.why_not_served(operands):
+        if attention.implementation == "cuda":
+            raise NotImplementedError(f"implementation 'cuda' cannot run here: {reason}")
+        _warn_reference(reason)
+        return reference.forward(attention, operands)
+    return launch.forward_cuda(attention, operands)
+
+
+def _forward_cpu(*arrays, attention: Attention):
+    return launch.forward_cpu(attention, Operands(*arrays))
+
+
+def _forward_elsewhere(*arrays, attention: Attention):
+    _warn_reference("this platform has no kernel")
+    return reference.forward(attention, Operands(*arrays))
+
+
+def _backward_cpu(*arrays, attention: Attention):
+    *arrays, dout, lse, delta = arrays
+    return launch.backward_cpu(attention, Operands(*arrays), dout, lse, delta)
+
+
+def _backward_elsewhere(*arrays, attention: Attention):
+    *arrays, dout, lse, delta = arrays
+    return reference.backward(attention, Operands(*arrays), dout, lse, delta)
+
+
+def _for(platform, function):
+    """`function`, refusing an implementation asked for by name that belongs to another platform than `platform`."""
+
+    def checked(*arrays, attention: Attention):
+        if attention.implementation not in (None, platform):
+            raise ValueError(
+                f"implementation {attention.implementation!r} cannot run here: the computation is compiled for "
+                f"{'platform ' + platform if platform else 'another platform'}."
+            )
+        return function(*arrays, attention=attention)
+
+    return mlir.lower_fun(checked, multiple_results=True)
+
+
+@functools.cache
+def _compiled(primitive, attention):
+    return jax.jit(functools.partial(primitive.bind, attention=attention))
+
+
+def _primitive(name, abstract, *, cpu, cuda, elsewhere):
+    primitive = core.Primitive(name)
+    primitive.multiple_results = True
+    primitive.def_impl(lambda *arrays, attention: _compiled(primitive, attention)(*arrays))
+    primitive.def_abstract_eval(abstract)
+    batching.primitive_batchers[primitive] = functools.partial(_batch, primitive)
+    mlir.register_lowering(primitive, _for("cpu", cpu), platform="cpu")
+    mlir.register_lowering(primitive, _for("cuda", cuda), platform="cuda")
+    mlir.register_lowering(primitive, _for(None, elsewhere))
+    return primitive
+
+
+forward_p = _primitive(
+    "jax_flash_forward", _forward_abstract, cpu=_forward_cpu, cuda=_forward_cuda, elsewhere=_forward_elsewhere
+)
+backward_p = _primitive(
+    "jax_flash_backward", _backward_abstract, cpu=_backward_cpu, cuda=_backward_elsewhere, elsewhere=_backward_elsewhere
+)

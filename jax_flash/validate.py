@@ -1,0 +1,204 @@
+"""Every check of what a user asks for. They read shapes, dtypes and static values alone, so they raise while tracing.
+
+TypeError and ValueError: the request is wrong. NotImplementedError: it is right and no kernel serves it.
+"""
+
+from __future__ import annotations
+
+import math
+import numbers
+
+import jax
+import numpy as np
+
+from jax_flash.spec import Call
+
+DTYPES = ("float16", "bfloat16", "float32", "float8_e4m3fn")
+FLOAT_DTYPES = ("float16", "bfloat16", "float32")
+IMPLEMENTATIONS = ("cuda", "cpu", "xla")
+MAX_HEAD_DIM = 256
+
+
+def check(call: Call) -> None:
+    """Checks all arguments of one call of `attention`, except whether its implementation can run on this machine."""
+    _check_implementation(call.implementation)
+    _check_qkv(call)
+    _check_head_dim("head_dim of q and k", call.q, call.implementation)
+    _check_head_dim("head_dim of v", call.v, call.implementation)
+    _check_sequences(call)
+    _check_descales(call)
+    _check_softmax(call)
+    _check_out_dtype(call.out_dtype)
+    _check_bool("causal", call.causal)
+    _check_bool("return_lse", call.return_lse)
+
+
+def _check_implementation(implementation) -> None:
+    if implementation is not None and implementation not in IMPLEMENTATIONS:
+        raise ValueError(f"implementation must be None or one of {IMPLEMENTATIONS}, got {implementation!r}.")
+
+
+def _check_qkv(call: Call) -> None:
+    for name in ("q", "k", "v"):
+        x = getattr(call, name)
+        if not _is_array(x):
+            raise TypeError(f"{name} must be an array, got {_describe(x)}.")
+        if x.dtype.name not in DTYPES:
+            raise TypeError(f"{name} must have one of the dtypes {DTYPES}, got {x.dtype.name}.")
+        if x.dtype != call.q.dtype:
+            raise TypeError(
+                f"q, k and v must have one dtype, got {call.q.dtype.name} for q and {x.dtype.name} for {name}."
+            )
+        if x.ndim not in (3, 4):
+            raise ValueError(
+                f"{name} must have shape (batch, length, heads, head_dim) or, packed, (tokens, heads, head_dim), "
+                f"got shape {x.shape}."
+            )
+    q, k, v = call.q, call.k, call.v
+    if k.shape[-1] != q.shape[-1]:
+        raise ValueError(f"k must have the head_dim of q, {q.shape[-1]}, got shape {k.shape}.")
+    if v.shape[:-1] != k.shape[:-1]:
+        raise ValueError(
+            f"v must have the shape of k except in head_dim, {(*k.shape[:-1], 'head_dim')}, got shape {v.shape}."
+        )
+    heads, kv_heads = q.shape[-2], k.shape[-2]
+    if heads % kv_heads if kv_heads else heads:
+        raise ValueError(f"the {heads} heads of q must be a multiple of the heads of k and v, got {kv_heads} of these.")
+
+
+def _check_head_dim(name, x, implementation) -> None:
+    head_dim = x.shape[-1]
+    if head_dim == 0:
+        raise ValueError(f"{name} must be at least 1, got 0.")
+    multiple = 16 if x.dtype.itemsize == 1 else 8
+    if implementation != "xla" and (head_dim % multiple or head_dim > MAX_HEAD_DIM):
+        raise NotImplementedError(
+            f"{name} must be a multiple of {multiple} up to {MAX_HEAD_DIM} for dtype {x.dtype.name}, got {head_dim}: "
+            f"pad it with zeros (and keep softmax_scale), or use implementation='xla', which takes any."
+        )
+
+
+def _check_sequences(call: Call) -> None:
+    for side, packed, x in (("q", call.packed_q, call.q), ("k", call.packed_k, call.k)):
+        name = f"cu_seqlens_{side}"
+        cu_seqlens = getattr(call, name)
+        if packed and cu_seqlens is None:
+            raise ValueError(f"{name} must be given for packed {side} of shape {x.shape}, got None.")
+        if not packed and cu_seqlens is not None:
+            raise ValueError(f"{name} is for packed {side} of shape (tokens, heads, head_dim), got shape {x.shape}.")
+        if packed:
+            _check_int32(name, cu_seqlens)
+            if cu_seqlens.ndim != 1 or not cu_seqlens.shape[0]:
+                raise ValueError(f"{name} must have shape (sequences + 1,), got shape {cu_seqlens.shape}.")
+        _check_max_seqlen(f"max_seqlen_{side}", getattr(call, f"max_seqlen_{side}"))
+
+    batch = call.batch
+    if call.packed_k and call.cu_seqlens_k.shape[0] != batch + 1:
+        raise ValueError(
+            f"cu_seqlens_k must have shape ({batch + 1},) for the {batch} sequences of q, "
+            f"got shape {call.cu_seqlens_k.shape}."
+        )
+    if not call.packed_k and call.k.shape[0] != batch:
+        raise ValueError(f"k must have a batch of {batch} for the {batch} sequences of q, got shape {call.k.shape}.")
+    for name in ("seqused_q", "seqused_k"):
+        seqused = getattr(call, name)
+        if seqused is not None:
+            _check_int32(name, seqused)
+            if seqused.shape != (batch,):
+                raise ValueError(
+                    f"{name} must have shape ({batch},), one length a sequence, got shape {seqused.shape}."
+                )
+
+
+def _check_int32(name, x) -> None:
+    if not _is_array(x) or x.dtype != np.int32:
+        raise TypeError(f"{name} must be an int32 array, got {_describe(x)}.")
+
+
+def _check_max_seqlen(name, x) -> None:
+    if x is None:
+        return
+    if not _is_int(x):
+        raise TypeError(f"{name} must be a Python int known while tracing, or None, got {_describe(x)}.")
+    if x < 0:
+        raise ValueError(f"{name} must be 0 or more, got {x}.")
+
+
+def _check_descales(call: Call) -> None:
+    batch, heads, kv_heads = call.batch, call.q.shape[-2], call.k.shape[-2]
+    shapes = ((), (batch,), (batch, kv_heads))
+    for name, allowed in (("q", (*shapes, (batch, heads))), ("k", shapes), ("v", shapes)):
+        descale = getattr(call, f"{name}_descale")
+        if descale is None or _is_real(descale):
+            continue
+        if not _is_array(descale) or descale.dtype != np.float32:
+            raise TypeError(f"{name}_descale must be a float32 array, got {_describe(descale)}.")
+        if descale.shape not in allowed:
+            words = " or ".join(map(str, dict.fromkeys(allowed)))
+            raise ValueError(f"{name}_descale must have shape {words}, got shape {descale.shape}.")
+
+
+def _check_softmax(call: Call) -> None:
+    scale = call.softmax_scale
+    if scale is not None and not _is_real(scale):
+        if not _is_array(scale) or scale.dtype != np.float32:
+            raise TypeError(f"softmax_scale must be a Python float or a float32 scalar, got {_describe(scale)}.")
+        if scale.shape != ():
+            raise ValueError(f"softmax_scale must be a scalar, got shape {scale.shape}.")
+
+    if not _is_real(call.softcap):
+        raise TypeError(f"softcap must be a Python float known while tracing, got {_describe(call.softcap)}.")
+    if not 0 <= call.softcap < math.inf:
+        raise ValueError(f"softcap must be 0 (off) or positive and finite, got {call.softcap}.")
+
+    window = call.window_size
+    if window is not None:
+        pair = isinstance(window, (tuple, list)) and len(window) == 2
+        if not pair or not all(side is None or _is_int(side) for side in window):
+            raise TypeError(f"window_size must be a pair (left, right) of ints or None, got {_describe(window)}.")
+        if any(side is not None and side < -1 for side in window):
+            raise ValueError(f"window_size must have entries of -1 (unbounded) or more, got {window}.")
+
+    if call.sinks is not None:
+        if not _is_array(call.sinks) or call.sinks.dtype.name not in FLOAT_DTYPES:
+            raise TypeError(f"sinks must be an array of one of the dtypes {FLOAT_DTYPES}, got {_describe(call.sinks)}.")
+        heads = call.q.shape[-2]
+        if call.sinks.shape != (heads,):
+            raise ValueError(f"sinks must have shape ({heads},), one logit a query head, got shape {call.sinks.shape}.")
+
+
+def _check_out_dtype(out_dtype) -> None:
+    if out_dtype is None:
+        return
+    try:
+        name = np.dtype(out_dtype).name
+    except TypeError:
+        name = repr(out_dtype)
+    if name not in FLOAT_DTYPES:
+        raise TypeError(f"out_dtype must be None or one of {FLOAT_DTYPES}, got {name}.")
+
+
+def _check_bool(name, x) -> None:
+    if not isinstance(x, (bool, np.bool_)):
+        raise TypeError(f"{name} must be a Python bool known while tracing, got {_describe(x)}.")
+
+
+def _is_array(x) -> bool:
+    return isinstance(x, (jax.Array, np.ndarray))
+
+
+def _is_int(x) -> bool:
+    return isinstance(x, numbers.Integral) and not isinstance(x, bool)
+
+
+def _is_real(x) -> bool:
+    return isinstance(x, numbers.Real) and not isinstance(x, bool)
+
+
+def _describe(x) -> str:
+    """An argument in an error message: what matters of an array is its dtype and shape, not its values."""
+    if isinstance(x, jax.core.Tracer):
+        return f"a traced {x.dtype.name} array of shape {x.shape}"
+    if _is_array(x):
+        return f"a {x.dtype.name} array of shape {x.shape}"
+    return f"{x!r} of type {type(x).__name__}"

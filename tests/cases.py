@@ -1,0 +1,266 @@
+"""The shared list of cases, as data: every platform runs the same ones, each in the features and shapes it serves."""
+
+from __future__ import annotations
+
+import dataclasses
+import itertools
+import zlib
+
+import ml_dtypes
+import numpy as np
+
+DTYPES = {
+    "float16": np.dtype(np.float16),
+    "bfloat16": np.dtype(ml_dtypes.bfloat16),
+    "float32": np.dtype(np.float32),
+    "float8_e4m3fn": np.dtype(ml_dtypes.float8_e4m3fn),
+}
+
+FA3_LENGTHS = (
+    *((1, 1), (64, 128), (128, 192), (256, 256), (239, 1), (799, 3), (113, 203), (113, 128), (128, 217), (113, 211)),
+    *((108, 256), (256, 512), (384, 256), (640, 128), (512, 256), (1024, 1024), (1023, 1024), (1024, 1023)),
+    *((4096, 4096), (4224, 4224)),
+)
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Case:
+    """One call of `attention`. `arguments` makes its inputs, always the same ones."""
+
+    id: str
+    dtype: str = "bfloat16"
+    q_lens: tuple[int, ...] = (37, 37, 37)
+    """Query length of each sequence; those of a dense side are equal."""
+    k_lens: tuple[int, ...] = (53, 53, 53)
+    packed_q: bool = False
+    packed_k: bool = False
+    heads: int = 6
+    kv_heads: int = 2
+    head_dim: int = 64
+    head_dim_v: int | None = None
+    """That of q and k unless given."""
+    causal: bool = False
+    window_size: tuple[int, int] = (-1, -1)
+    softcap: float = 0.0
+    softmax_scale: float | None = None
+    sinks: bool = False
+    descales: str | None = None
+    """None, "tensor" (), "batch" (B,), "kv_head" (B, Hk) or "head" (B, Hk) with (B, H) for q."""
+    seqused_q: tuple[int, ...] | None = None
+    seqused_k: tuple[int, ...] | None = None
+    lead: int = 0
+    """Rows of no sequence before the first one of a packed side."""
+    tail: int = 3
+    """Rows of no sequence after the last one of a packed side."""
+    out_dtype: str | None = None
+    return_lse: bool = True
+    qk_ones: bool = False
+    """Whether q and k are ones."""
+    large: bool = False
+    """Whether it takes a GPU to run it in seconds."""
+
+    def __str__(self) -> str:
+        return self.id
+
+    @property
+    def packed(self) -> bool:
+        """Whether a side is packed."""
+        return self.packed_q or self.packed_k
+
+    def arguments(self) -> dict:
+        """The arguments of `attention` as numpy arrays and Python values; unused rows of q, k and v are NaN."""
+        rng = np.random.default_rng(zlib.crc32(self.id.encode()))
+        batch = len(self.q_lens)
+        q, cu_seqlens_q = self._side(rng, self.q_lens, self.packed_q, self.heads, self.head_dim, self.seqused_q)
+        k, cu_seqlens_k = self._side(rng, self.k_lens, self.packed_k, self.kv_heads, self.head_dim, self.seqused_k)
+        head_dim_v = self.head_dim_v or self.head_dim
+        v, _ = self._side(rng, self.k_lens, self.packed_k, self.kv_heads, head_dim_v, self.seqused_k)
+        if self.qk_ones:
+            q, k = np.ones_like(q), np.ones_like(k)
+        arguments = {
+            "q": q,
+            "k": k,
+            "v": v,
+            "cu_seqlens_q": cu_seqlens_q,
+            "cu_seqlens_k": cu_seqlens_k,
+            "seqused_q": None if self.seqused_q is None else np.array(self.seqused_q, np.int32),
+            "seqused_k": None if self.seqused_k is None else np.array(self.seqused_k, np.int32),
+            "sinks": rng.normal(size=self.heads).astype(np.float32) if self.sinks else None,
+            "causal": self.causal,
+            "window_size": self.window_size,
+            "softcap": self.softcap,
+            "softmax_scale": self.softmax_scale,
+            "out_dtype": self.out_dtype,
+            "return_lse": self.return_lse,
+        }
+        if self.descales:
+            for name in ("q", "k", "v"):
+                heads = self.heads if name == "q" and self.descales == "head" else self.kv_heads
+                shape = {"tensor": (), "batch": (batch,)}.get(self.descales, (batch, heads))
+                arguments[f"{name}_descale"] = np.asarray(rng.uniform(0.5, 1.5, shape), np.float32)
+        return {name: value for name, value in arguments.items() if value is not None}
+
+    def _side(self, rng, lens, packed, heads, head_dim, seqused):
+        """Random rows of one side, with its cu_seqlens or None."""
+        dtype = DTYPES[self.dtype]
+        counts = lens if seqused is None else np.clip(seqused, 0, lens)
+        sequences = [rng.normal(size=(length, heads, head_dim)).astype(np.float32) for length in lens]
+        for rows, count in zip(sequences, counts, strict=True):
+            rows[count:] = np.nan
+        if not packed:
+            return np.stack(sequences).astype(dtype), None
+        lead, tail = (np.full((rows, heads, head_dim), np.nan, np.float32) for rows in (self.lead, self.tail))
+        boundaries = np.cumsum([self.lead, *lens]).astype(np.int32)
+        return np.concatenate([lead, *sequences, tail]).astype(dtype), boundaries
+
+
+def _drawn(length: int, count: int, seed: int) -> tuple[int, ...]:
+    return tuple(np.random.default_rng(seed).integers(max(1, length - 20), length + 1, count).tolist())
+
+
+def _fa3(index: int, q_len: int, k_len: int, packed: bool) -> Case:
+    """The features turn with the index, so that neighbours in the list differ in all of them."""
+    count = (7 if packed else 3) if q_len < 1000 else 2
+    q_lens, k_lens = (q_len,) * count, (k_len,) * count
+    if packed:
+        q_lens, k_lens = _drawn(q_len, count, index), list(_drawn(k_len, count, index + 100))
+        k_lens[4::5] = [0] * len(k_lens[4::5])
+    dtype = ("bfloat16", "float8_e4m3fn", "float16")[index % 3]
+    masks = ({}, {"causal": True}, {"window_size": (k_len // 3, k_len // 5)}, {"causal": True, "window_size": (19, -1)})
+    return Case(
+        id=f"{'packed' if packed else 'dense'}-{q_len}x{k_len}",
+        dtype=dtype,
+        q_lens=q_lens,
+        k_lens=tuple(k_lens),
+        packed_q=packed,
+        packed_k=packed,
+        heads=(6, 4, 5)[index % 3],
+        kv_heads=(2, 4, 5)[index % 3] if index % 2 else 1,
+        head_dim=(64, 128, 96, 192, 256)[index % 5] if q_len < 1000 else 64,
+        descales="kv_head" if dtype == "float8_e4m3fn" else None,
+        large=q_len * k_len >= (2**18 if packed else 2**21),
+        **masks[(index // 2 + packed) % 4],
+    )
+
+
+FA3 = [
+    _fa3(index, q_len, k_len, packed) for packed in (False, True) for index, (q_len, k_len) in enumerate(FA3_LENGTHS)
+]
+
+# 84 sequences of the lengths that a tagger's batch has: many of 64 or less, one of 1680, 5040 tokens in all.
+_TOKENS = (64, 64, *(_rest := [38 + i % 5 for i in range(80)]), 1680, 5040 - 128 - sum(_rest) - 1680)
+
+ISSUE = [
+    Case(
+        id=f"issue-1-fp8-packed-{kind}",
+        dtype="float8_e4m3fn",
+        q_lens=_TOKENS,
+        k_lens=_TOKENS,
+        packed_q=True,
+        packed_k=True,
+        tail=0,
+        heads=16,
+        kv_heads=16,
+        head_dim=128,
+        descales="head",
+        return_lse=False,
+        qk_ones=kind == "ones",
+        large=kind == "random",
+    )
+    for kind in ("ones", "random")
+] + [
+    Case(
+        id="issue-2-fp16-causal",
+        dtype="float16",
+        q_lens=(512, 512),
+        k_lens=(512, 512),
+        heads=16,
+        kv_heads=16,
+        head_dim=128,
+        causal=True,
+        return_lse=False,
+    ),
+    Case(
+        id="issue-3-fp16-decode",
+        dtype="float16",
+        q_lens=(1,),
+        k_lens=(2048,),
+        heads=16,
+        kv_heads=2,
+        head_dim=128,
+        return_lse=False,
+    ),
+]
+
+HEAD_DIMS = [
+    Case(id=f"{dtype}-d{head_dim}-{head_dim_v}", dtype=dtype, head_dim=head_dim, head_dim_v=head_dim_v, causal=True)
+    for dtype, dims in {
+        "bfloat16": ((8, 8), (64, 64), (128, 128), (256, 256), (64, 256), (192, 128)),
+        "float16": ((40, 40), (72, 72), (160, 160), (40, 96), (256, 64)),
+        "float32": ((64, 64), (96, 96), (192, 192), (8, 72), (128, 40)),
+        "float8_e4m3fn": (
+            *((16, 16), (48, 48), (64, 64), (112, 112), (128, 128), (192, 192), (256, 256)),
+            *((64, 128), (48, 256), (192, 128)),
+        ),
+    }.items()
+    for head_dim, head_dim_v in dims
+]
+
+_RAGGED = {"q_lens": (31, 5, 0, 77), "k_lens": (43, 0, 29, 131)}
+_EVEN = {"q_lens": (45, 45, 45, 45), "k_lens": (67, 67, 67, 67)}
+_LAYOUTS = {
+    "dense": _EVEN,
+    "packed": {**_RAGGED, "packed_q": True, "packed_k": True, "lead": 4},
+    "packed-q": {"q_lens": _RAGGED["q_lens"], "k_lens": _EVEN["k_lens"], "packed_q": True},
+    "packed-k": {"q_lens": _EVEN["q_lens"], "k_lens": _RAGGED["k_lens"], "packed_k": True},
+}
+_USED = {"seqused_q": (30, 3, 20, 41), "seqused_k": (23, 40, 0, 66)}
+_FEATURES = {
+    "plain": {},
+    "causal-used": {"causal": True, **_USED},
+    "window-sinks": {"window_size": (11, 3), "sinks": True},
+    "right-window-used-sinks": {"window_size": (-1, 2), "sinks": True, **_USED},
+    "softcap-scale-descales": {"softcap": 2.5, "softmax_scale": 0.31, "descales": "head"},
+    "all": {
+        "causal": True,
+        "window_size": (17, 5),
+        "softcap": 4.0,
+        "sinks": True,
+        "descales": "batch",
+        "softmax_scale": 0.2,
+        "out_dtype": "float32",
+        **_USED,
+    },
+}
+
+FEATURES = [
+    Case(
+        id=f"{layout}-{feature}-{dtype}",
+        dtype=dtype,
+        heads=heads,
+        kv_heads=kv_heads,
+        head_dim_v=80,
+        **(_LAYOUTS[layout] | _FEATURES[feature]),
+    )
+    for ((layout, feature), (dtype, heads, kv_heads)) in zip(
+        itertools.product(_LAYOUTS, _FEATURES),
+        itertools.cycle(
+            [("bfloat16", 6, 2), ("float8_e4m3fn", 4, 4), ("float32", 6, 3), ("float16", 5, 1), ("float8_e4m3fn", 6, 2)]
+        ),
+        strict=False,
+    )
+]
+
+OUT_DTYPES = [
+    Case(id=f"{dtype}-to-{out_dtype}", dtype=dtype, out_dtype=out_dtype, descales=descales, return_lse=False)
+    for dtype, out_dtype, descales in (
+        ("float16", "bfloat16", None),
+        ("bfloat16", "float32", "tensor"),
+        ("float32", "float16", "batch"),
+        ("float8_e4m3fn", "float16", "tensor"),
+        ("float8_e4m3fn", "float32", "kv_head"),
+        ("float8_e4m3fn", None, None),
+    )
+]
+
+CASES = [*ISSUE, *FA3, *HEAD_DIMS, *FEATURES, *OUT_DTYPES]

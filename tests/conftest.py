@@ -1,0 +1,60 @@
+"""Where tests run: fixtures of implementations, and the tests that need a GPU, deselected aloud where there is none."""
+
+from __future__ import annotations
+
+import jax
+import pytest
+
+NEEDS_GPU = pytest.StashKey[int]()
+
+CPU, CUDA = "cpu", pytest.param("cuda", marks=pytest.mark.gpu)
+
+
+def _on_its_device(implementation: str):
+    device = jax.devices("cuda" if implementation == "cuda" else "cpu")[0]
+    with jax.default_device(device):
+        yield implementation
+
+
+@pytest.fixture(params=[CPU, CUDA])
+def kernel(request):
+    """An implementation with kernels; the test's arrays are made on its device."""
+    yield from _on_its_device(request.param)
+
+
+@pytest.fixture(params=["xla", CPU, CUDA])
+def implementation(request):
+    """Any implementation; the test's arrays are made on its device."""
+    yield from _on_its_device(request.param)
+
+
+def has_gpu() -> bool:
+    """Whether a GPU of compute capability 9.0 is here."""
+    try:
+        return jax.devices("cuda")[0].compute_capability == "9.0"
+    except RuntimeError:
+        return False
+
+
+def pytest_collection_modifyitems(config, items):
+    needs_gpu = [] if has_gpu() else [item for item in items if item.get_closest_marker("gpu")]
+    config.stash[NEEDS_GPU] = len(needs_gpu)
+    if needs_gpu:
+        config.hook.pytest_deselected(items=needs_gpu)
+        items[:] = [item for item in items if not item.get_closest_marker("gpu")]
+
+
+def pytest_sessionfinish(session):
+    # Under pytest-xdist only the workers collect; each tells the process that writes the summary.
+    if hasattr(session.config, "workeroutput"):
+        session.config.workeroutput["needs_gpu"] = session.config.stash[NEEDS_GPU]
+
+
+@pytest.hookimpl(optionalhook=True)
+def pytest_testnodedown(node, error):
+    node.config.stash[NEEDS_GPU] = getattr(node, "workeroutput", {}).get("needs_gpu", 0)
+
+
+def pytest_terminal_summary(terminalreporter, config):
+    if count := config.stash.get(NEEDS_GPU, 0):
+        terminalreporter.write_line(f"{count} tests need a GPU of compute capability 9.0 and did not run.", yellow=True)

@@ -1,0 +1,188 @@
+"""The kernels against the definition: the shared cases, and what is known to go wrong elsewhere."""
+
+from __future__ import annotations
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from cases import CASES, Case
+from conftest import CPU, CUDA
+from tolerance import check, run
+
+import jax_flash
+from jax_flash import primitive
+
+
+def _cases():
+    """Each case on each platform that serves it: CUDA has no float32, a CPU takes too long for the large ones."""
+    cpu = [pytest.param(CPU, case, id=f"cpu-{case}") for case in CASES if not case.large]
+    cuda = [
+        pytest.param("cuda", case, id=f"cuda-{case}", marks=CUDA.marks) for case in CASES if case.dtype != "float32"
+    ]
+    return cpu + cuda
+
+
+@pytest.mark.parametrize(("kernel", "case"), _cases(), indirect=["kernel"])
+def test_case(kernel, case):
+    arguments = case.arguments()
+    result = run(arguments, implementation=kernel)
+    check(arguments, *(result if case.return_lse else (result,)))
+
+
+def test_platform_chooses_the_implementation(kernel):
+    arguments = Case(id="default", causal=True).arguments()
+    default, named = run(arguments), run(arguments, implementation=kernel)
+    assert all(np.array_equal(x, y) for x, y in zip(default, named, strict=True))
+
+
+def test_other_platforms_run_the_reference_and_warn():
+    primitive._warn_reference.cache_clear()
+    x = jax.ShapeDtypeStruct((2, 16, 4, 64), jnp.bfloat16)
+    with pytest.warns(UserWarning, match="runs as plain jnp here"):
+        jax.export.export(jax.jit(jax_flash.attention), platforms=["tpu"])(x, x, x)
+
+
+def test_same_inputs_give_the_same_bits(kernel):
+    arguments = Case(id="bits", packed_q=True, packed_k=True, sinks=True, heads=4).arguments()
+    first, second = run(arguments, implementation=kernel), run(arguments, implementation=kernel)
+    assert all(np.array_equal(x, y) for x, y in zip(first, second, strict=True))
+
+
+@pytest.mark.parametrize("max_seqlen", [0, 5, 10**6])
+def test_wrong_hint_changes_nothing(kernel, max_seqlen):
+    arguments = Case(id="hint", packed_q=True, packed_k=True, q_lens=(40, 9), k_lens=(51, 30)).arguments()
+    hinted = run(arguments, implementation=kernel, max_seqlen_q=max_seqlen, max_seqlen_k=max_seqlen)
+    for x, y in zip(hinted, run(arguments, implementation=kernel), strict=True):
+        np.testing.assert_array_equal(x, y)
+
+
+# Nonsense in index arrays gives nonsense rows by the same definition everywhere, never a fault.
+
+INT_MAX, INT_MIN = 2**31 - 1, -(2**31)
+NONSENSE = {
+    "decreasing": [40, 30, 20, 10],
+    "beyond-the-end": [0, 20, 500, 10**9],
+    "negative": [-7, -3, 12, 30],
+    "extremes": [INT_MIN, INT_MAX, INT_MIN, INT_MAX],
+    "up-and-down": [5, 50, 20, 53],
+    "late-start": [35, 35, 40, 40],
+    "minus-infinity": [INT_MIN] * 4,
+}
+
+
+@pytest.mark.parametrize("q_nonsense", NONSENSE)
+@pytest.mark.parametrize("k_nonsense", ["extremes", "up-and-down", "valid"])
+def test_nonsense_cu_seqlens(kernel, q_nonsense, k_nonsense):
+    arguments = _packed(dtype="float16", causal=True)
+    arguments["cu_seqlens_q"] = np.array(NONSENSE[q_nonsense], np.int32)
+    arguments["cu_seqlens_k"] = np.array((NONSENSE | {"valid": [0, 17, 30, 53]})[k_nonsense], np.int32)
+    check(arguments, *run(arguments, implementation=kernel))
+
+
+@pytest.mark.parametrize("packed", [False, True])
+@pytest.mark.parametrize("seqused", [(-1, INT_MAX, 5), (INT_MIN, 0, 10**6)])
+def test_nonsense_seqused(kernel, packed, seqused):
+    case = Case(id="dense", causal=True)
+    arguments = _packed(window_size=(9, 4), sinks=True) if packed else case.arguments()
+    arguments["seqused_q"] = np.array(seqused, np.int32)
+    arguments["seqused_k"] = np.array(seqused[::-1], np.int32)
+    check(arguments, *run(arguments, implementation=kernel))
+
+
+def _packed(**options):
+    lens = {"q_lens": (20, 20, 13), "k_lens": (17, 13, 23)}
+    return Case(id="packed", packed_q=True, packed_k=True, tail=0, **lens, **options).arguments()
+
+
+# Defects of peers (PEERS.md there, the numbers as there); those of gradients and transforms are tested with these.
+
+
+@pytest.mark.parametrize("packed", [False, True])
+def test_defect_4_nan_in_unused_rows_does_not_spread(kernel, packed):
+    used = {"seqused_q": (30, 0, 11), "seqused_k": (29, 53, 1)}
+    arguments = Case(id="nan", packed_q=packed, packed_k=packed, **used).arguments()
+    assert np.isnan(arguments["k"].astype(np.float32)).any()
+    out, lse = run(arguments, implementation=kernel)
+    assert not np.isnan(np.asarray(out, np.float32)).any()
+    assert not np.isnan(lse).any()
+    check(arguments, out, lse)
+
+
+@pytest.mark.parametrize("sinks", [False, True])
+@pytest.mark.parametrize("packed", [False, True])
+def test_defect_5_no_keys(implementation, packed, sinks):
+    case = Case(id="no-keys", q_lens=(7, 7), k_lens=(0, 0), packed_q=packed, packed_k=packed, tail=0, sinks=sinks)
+    arguments = case.arguments()
+    out, lse = run(arguments, implementation=implementation)
+    assert not np.asarray(out, np.float32).any()
+    expected = arguments["sinks"][:, None] if sinks else -np.inf
+    np.testing.assert_array_equal(lse, np.broadcast_to(expected, lse.shape))
+
+
+@pytest.mark.parametrize("packed", [False, True])
+def test_defect_5_no_queries(implementation, packed):
+    case = Case(id="no-queries", q_lens=(0, 0), k_lens=(9, 9), packed_q=packed, packed_k=packed, tail=0)
+    out, lse = run(case.arguments(), implementation=implementation)
+    assert out.shape == ((0, 6, 64) if packed else (2, 0, 6, 64))
+    assert lse.shape == ((6, 0) if packed else (2, 6, 0))
+
+
+@pytest.mark.parametrize(
+    ("q_shape", "k_shape"),
+    [((0, 5, 6, 64), (0, 7, 2, 64)), ((3, 5, 0, 64), (3, 7, 0, 64)), ((3, 5, 0, 64), (3, 7, 2, 64))],
+)
+def test_empty_batch_or_heads(implementation, q_shape, k_shape):
+    q, k = jnp.zeros(q_shape, jnp.bfloat16), jnp.zeros(k_shape, jnp.bfloat16)
+    out, lse = jax_flash.attention(q, k, k, return_lse=True, implementation=implementation)
+    assert out.shape == q_shape
+    assert lse.shape == (q_shape[0], q_shape[2], q_shape[1])
+
+
+def test_no_sequences(implementation):
+    q, k, cu_seqlens = jnp.ones((5, 6, 64)), jnp.ones((7, 2, 64)), jnp.zeros((1,), jnp.int32)
+    out, lse = jax_flash.attention(
+        q, k, k, cu_seqlens_q=cu_seqlens, cu_seqlens_k=cu_seqlens, return_lse=True, implementation=implementation
+    )
+    assert not out.any()
+    assert np.isneginf(lse).all()
+
+
+@pytest.mark.parametrize("head_dim_v", [128, 256])
+def test_defect_6_fp8_with_wider_values_writes_every_column(kernel, head_dim_v):
+    case = Case(id="wide", dtype="float8_e4m3fn", head_dim=48, head_dim_v=head_dim_v)
+    arguments = case.arguments() | {"v": np.ones((3, 53, 2, head_dim_v), case.arguments()["v"].dtype)}
+    out, _ = run(arguments, implementation=kernel)
+    np.testing.assert_allclose(np.asarray(out, np.float32), 1, atol=2**-8)
+
+
+@pytest.mark.gpu
+def test_defect_7_offsets_pass_2_to_the_31():
+    batch, length, heads, head_dim = 132, 1024, 128, 128
+    assert batch * length * heads * head_dim > 2**31
+    with jax.default_device(jax.devices("cuda")[0]):
+        shape = (batch, length, heads, head_dim)
+        q, k, v = (jax.random.normal(key, shape, jnp.bfloat16) for key in jax.random.split(jax.random.key(0), 3))
+        out = jax_flash.attention(q, k, v, implementation="cuda")
+        check({"q": q[-1:], "k": k[-1:], "v": v[-1:]}, out[-1:])
+
+
+def test_defect_8_window_without_causal_sees_no_future(kernel):
+    arguments = Case(id="window", q_lens=(48, 48), k_lens=(48, 48), window_size=(5, 0)).arguments()
+    out, lse = run(arguments, implementation=kernel)
+    check(arguments, out, lse)
+    future = arguments | {name: arguments[name].copy() for name in ("k", "v")}
+    for name in ("k", "v"):
+        future[name][:, 24:] = 7
+    changed, _ = run(future, implementation=kernel)
+    np.testing.assert_array_equal(out[:, :24], changed[:, :24])
+
+
+@pytest.mark.parametrize("k_len", [2048, 16384])
+def test_defect_10_fp8_error_does_not_grow_with_length(kernel, k_len):
+    case = Case(id=f"long-{k_len}", dtype="float8_e4m3fn", q_lens=(64,), k_lens=(k_len,), heads=2, head_dim=128)
+    arguments = case.arguments() | {"out_dtype": "float32", "return_lse": False}
+    arguments["v"] = (arguments["v"].astype(np.float32) + 1).astype(arguments["v"].dtype)
+    truth = np.asarray(run(arguments, implementation="xla"))
+    out = np.asarray(run(arguments, implementation=kernel))
+    assert np.linalg.norm(out - truth) / np.linalg.norm(truth) < 0.005

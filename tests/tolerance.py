@@ -1,0 +1,83 @@
+"""What a result may differ by: FlashAttention-3's rule, a multiple of the error of the same-precision reference.
+
+max|out - ref64| <= factor * max|ref16 - ref64| + 2 * max|(ref64 + 0.3 - 0.3) - ref64|, that sum in out's dtype.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+
+import jax
+import numpy as np
+
+import jax_flash
+from jax_flash import canonical, reference
+from jax_flash.spec import Call
+
+LSE_TOLERANCE = 1e-3
+
+
+def run(arguments: dict, **more):
+    """`jax_flash.attention` under jit: arrays are traced, everything else is static."""
+    arrays = {name: x for name, x in arguments.items() if isinstance(x, (jax.Array, np.ndarray))}
+    static = {name: x for name, x in arguments.items() if name not in arrays}
+    return jax.jit(lambda arrays: jax_flash.attention(**arrays, **static, **more))(arrays)
+
+
+def factor(arguments: dict) -> int:
+    """FlashAttention-3's: 2, and 3 with softcap."""
+    return 3 if arguments.get("softcap") else 2
+
+
+def low_precision(dtype):
+    """The dtype in which the same-precision reference of inputs of `dtype` computes; None is float32 itself."""
+    return {"float32": None, "float8_e4m3fn": "bfloat16"}.get(np.dtype(dtype).name, np.dtype(dtype).name)
+
+
+def check(arguments: dict, out, lse=None) -> None:
+    """Checks out, and lse if it is given, against the definition.
+
+    Raises:
+      AssertionError: they differ by more than the tolerance.
+    """
+    call = Call(**arguments)
+    forward = jax.jit(reference.forward, static_argnums=(0, 2))
+    attention, operands = canonical.canonical(call)
+    low, _ = forward(attention, operands, low_precision(call.q.dtype))
+    with jax.enable_x64(True):
+        attention, operands = canonical.canonical(call)
+        truth = forward(dataclasses.replace(attention, out_dtype="float64", return_lse=True), operands, None)
+    call_with_lse = dataclasses.replace(call, return_lse=True)
+    truth, truth_lse = (np.asarray(x) for x in canonical.restore(call_with_lse, *truth))
+    low = canonical.restore(dataclasses.replace(call, return_lse=False), low, None)
+
+    assert out.dtype.name == attention.out_dtype
+    check_close("out", out, low, truth, factor(arguments))
+    if lse is not None:
+        assert lse.dtype == np.float32
+        check_lse(lse, truth_lse)
+
+
+def check_lse(lse, truth) -> None:
+    """Checks a log-sum-exp: -inf where the truth is, and close to it elsewhere."""
+    lse = np.asarray(lse)
+    np.testing.assert_array_equal(np.isneginf(lse), np.isneginf(truth), err_msg="rows of lse that are -inf")
+    seen = ~np.isneginf(truth)
+    np.testing.assert_allclose(lse[seen], truth[seen], rtol=0, atol=LSE_TOLERANCE, err_msg="lse")
+
+
+def check_close(name: str, result, low, truth, factor: float) -> None:
+    """The rule: `result` and the same-precision `low` are of one dtype, `truth` is more precise."""
+    result, low = np.asarray(result), np.asarray(low)
+    assert result.shape == truth.shape == low.shape, f"{name}: shapes {result.shape}, {low.shape}, {truth.shape}"
+    if not result.size:
+        return
+    shift = np.asarray(0.3, result.dtype)
+    rounding = _largest((truth.astype(result.dtype) + shift - shift), truth)
+    tolerance = factor * _largest(low, truth) + 2 * rounding
+    error = _largest(result, truth)
+    assert error <= tolerance, f"{name}: error {error:.3g} is more than the tolerance {tolerance:.3g}"
+
+
+def _largest(x, y) -> float:
+    return float(np.abs(x.astype(np.float64) - y.astype(np.float64)).max())
