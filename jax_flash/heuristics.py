@@ -21,9 +21,9 @@ HEAD_DIMS = (64, 96, 128, 192, 256)
 _SWIZZLE_BYTES = 128
 _BASE_REGISTERS = {2: 36, 3: 32}
 """What a consumer thread takes besides output, scores, P and product, by consumers of a CTA: found by compiling."""
-_FEATURE_REGISTERS = {"packed_q": 4, "packed_k": 4, "window_left": 4, "softcap": 12}
+_FEATURE_REGISTERS = {"packed_q": 4, "packed_k": 4, "window_left": 4, "softcap": 11}
 """What features add to that, found in the same way."""
-_FP8_REGISTERS = 5
+_FP8_REGISTERS = 9
 """And the conversion of P to e4m3."""
 
 def padded_head_dim(head_dim: int) -> int:
@@ -65,7 +65,10 @@ def candidates(fixed: dict) -> Iterator[KernelSpec]:
     is_fp8 = element_bytes(fixed["element"]) == 1
     dim_v = fixed["head_dim_v"]
     # FP8 adds each product in float32, so a wide one can be multiplied in pieces through one small accumulator.
-    pieces = [v for v in (dim_v, 96, 64, 32, 16) if dim_v % v == 0] if is_fp8 else [dim_v]
+    pieces = [dim_v]
+    if is_fp8:
+        # 16 columns are slow, but all that leaves room for an output of 256 columns and every feature.
+        pieces += [v for v in (96, 64, 32) if dim_v % v == 0 and v < dim_v] + [16] * (dim_v == 256)
     step = 32 if is_fp8 else 16
     for consumers, tile_n, tile_v in itertools.product((2, 3), range(step, 257, step), pieces):
         tiling = {"tile_m": 64 * consumers, "tile_n": tile_n, "tile_v": tile_v, "stages": 2}
@@ -132,7 +135,7 @@ def cost(spec: KernelSpec) -> tuple:
     wants_three = element_bytes(spec.element) == 2 and max(spec.head_dim, spec.head_dim_v) <= 64
     # A diagonal wastes half of each masked block, which narrower steps make smaller.
     widest = 128 if spec.window_right or spec.window_left else 256
-    # Only the first piece of PV runs beside the softmax: twice as many pieces cost about as much as 20 keys fewer.
+    # Only the first piece of PV runs beside the softmax: twice as many pieces cost about as much as 25 keys fewer.
     pieces = spec.head_dim_v // spec.tile_v
-    width = min(spec.tile_n, widest) - 20 * math.log2(pieces)
+    width = min(spec.tile_n, widest) - 25 * math.log2(pieces)
     return spec.tile_m // 64 != (3 if wants_three else 2), -width, spec.tile_n

@@ -53,7 +53,9 @@ def _attend_backward(attention: Attention, saved, cotangents):
     }
     if operands.has("sinks"):
         sinks = jnp.broadcast_to(operands.sinks, (operands.batch, operands.sinks.shape[1]))
-        probability = jnp.exp(sinks[q_index] - jnp.swapaxes(lse, 1, 2))
+        seen = jnp.swapaxes(lse, 1, 2)
+        # A row that sees nothing, its sink being -inf too, gives nothing.
+        probability = jnp.where(seen == -jnp.inf, 0, jnp.exp(sinks[q_index] - seen))
         rows = -probability * jnp.swapaxes(delta, 1, 2)
         gradients["sinks"] = _sum_rows(rows, q_index, operands.batch, operands.sinks)
     return (Operands(**{name: gradients.get(name) for name in Operands._fields}),)

@@ -71,7 +71,7 @@ def _forward(attention, operands, compute_dtype):
         total = weights.sum(-1, keepdims=True)
         if rows.sinks is not None:
             total += jnp.exp(sinks - top)
-        seen = total > 0
+        seen = total != 0
         total = jnp.where(seen, total, 1)
         if compute_dtype is not None:
             weights = _rounded(PROBABILITY_UNIT * weights, operands.q.dtype) / PROBABILITY_UNIT
@@ -195,7 +195,8 @@ def _locate(operands, x, cu_seqlens, seqused):
         lengths = jnp.clip(seqused.reshape(groups, count), 0, lengths)
 
     row = jnp.arange(rows, dtype=jnp.int32)
-    sequence = jax.vmap(lambda bounds: jnp.searchsorted(bounds, row, side="right"))(bounds) - 1
+    search = functools.partial(jnp.searchsorted, side="right", method="compare_all")
+    sequence = jax.vmap(search, in_axes=(0, None))(bounds, row) - 1
     sequence = jnp.clip(sequence, 0, count - 1).astype(jnp.int32)
     position = row - jnp.take_along_axis(bounds, sequence, axis=1)
     used = (position >= 0) & (position < jnp.take_along_axis(lengths, sequence, axis=1))

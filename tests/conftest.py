@@ -2,6 +2,13 @@
 
 from __future__ import annotations
 
+import os
+
+# Read when JAX first meets a GPU. Several workers share one, so none may take most of its memory; and the references
+# are compiled once for each case, where trying out ways to multiply takes longer than the multiplying.
+os.environ.setdefault("XLA_PYTHON_CLIENT_PREALLOCATE", "false")
+os.environ["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} --xla_gpu_autotune_level=0"
+
 import jax
 import pytest
 

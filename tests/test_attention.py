@@ -57,6 +57,16 @@ def test_wrong_hint_changes_nothing(kernel, max_seqlen):
         np.testing.assert_array_equal(x, y)
 
 
+def test_nan_in_a_used_row_is_not_hidden(implementation):
+    arguments = Case(id="used-nan").arguments()
+    arguments["k"][1, 4, 1] = np.nan
+    out, lse = (np.asarray(x, np.float32) for x in run(arguments, implementation=implementation))
+    spoilt = np.zeros((3, 6), bool)
+    spoilt[1, 3:] = True
+    np.testing.assert_array_equal(np.isnan(out), np.broadcast_to(spoilt[:, None, :, None], out.shape))
+    np.testing.assert_array_equal(np.isnan(lse), np.broadcast_to(spoilt[:, :, None], lse.shape))
+
+
 # Nonsense in index arrays gives nonsense rows by the same definition everywhere, never a fault.
 
 INT_MAX, INT_MIN = 2**31 - 1, -(2**31)

@@ -25,7 +25,9 @@ def run(arguments: dict, **more):
 
 
 def factor(arguments: dict) -> int:
-    """FlashAttention-3's: 2, and 3 with softcap."""
+    """FlashAttention-3's: 2, and 3 with softcap; 4 for float32, where the order of additions alone makes the error."""
+    if arguments["q"].dtype == np.float32:
+        return 4
     return 3 if arguments.get("softcap") else 2
 
 

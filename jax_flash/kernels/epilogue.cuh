@@ -9,11 +9,12 @@
 
 namespace jax_flash {
 
+template <typename Out>
 __device__ __forceinline__ void store2(void* out, i64 offset, float low, float high) {
-  if constexpr (spec::Out::kBytes == 4) {
+  if constexpr (Out::kBytes == 4) {
     *reinterpret_cast<float2*>(static_cast<float*>(out) + offset) = float2{low, high};
   } else {
-    *reinterpret_cast<u32*>(static_cast<u16*>(out) + offset) = pack2<spec::Out>(low, high);
+    *reinterpret_cast<u32*>(static_cast<u16*>(out) + offset) = pack2<Out>(low, high);
   }
 }
 
@@ -35,7 +36,7 @@ __device__ __forceinline__ void store_rows(const Tile& tile, const Params& param
         if (column >= params.head_dim_v) continue;
         const float low = used ? o[piece][4 * j + 2 * r] * factor[r] : 0.0f;
         const float high = used ? o[piece][4 * j + 2 * r + 1] * factor[r] : 0.0f;
-        store2(operands.out, offset + column, low, high);
+        store2<spec::Out>(operands.out, offset + column, low, high);
       }
     }
     if constexpr (spec::kLse) {

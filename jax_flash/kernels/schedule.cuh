@@ -1,6 +1,9 @@
 // Schedule: which rows of which head a CTA works on next, and which keys they see. Every warp of a CTA walks the same tiles
-// by itself, so nothing is handed over. Tiles are dealt out in rounds of one per CTA, every other round in reverse: under a
-// causal mask lengths fall along a round, and so each CTA gets as many long tiles as short ones.
+// by itself, so nothing is handed over; tile t of a CTA is t = blockIdx.x, + gridDim.x, + 2 * gridDim.x, ...
+//
+// Heads are worked on in sections whose keys and values stay in the L2 cache together. Under a causal mask the tiles of the
+// first section come from the shortest to the longest or the reverse, those of the next the other way, and of the last from
+// the longest to the shortest: so lengths rise and fall along t, and every CTA gets its share of long tiles.
 //
 // Index arrays are read as they are defined for all platforms: the boundaries of a group are the running maximum of its
 // cu_seqlens, clamped to [0, rows], and lengths are clamped to the sequence. So no value leads outside a buffer, and
@@ -43,34 +46,31 @@ __device__ __forceinline__ int boundary(const int* cu_seqlens, int i, int rows) 
 class Schedule {
  public:
   __device__ __forceinline__ Schedule(const Operands& operands, const Params& params)
-      : operands_(operands), params_(params) {
+      : operands_(operands), params_(params), index_(blockIdx.x) {
     if constexpr (!spec::kPackedQ) {
-      const int m_blocks = (params.q_rows + spec::kTileM - 1) / spec::kTileM;
-      const int pairs = params.batch * params.heads;
-      section_ = 1;
+      m_blocks_ = (params.q_rows + spec::kTileM - 1) / spec::kTileM;
+      pairs_ = params.batch * params.heads;
+      tiles_ = m_blocks_ * pairs_;
       if constexpr (spec::kWindowRight) {
-        // The longest tiles come first, so neighbouring CTAs hold different heads: as many heads to a section as have
-        // keys and values that stay in the L2 cache together.
         constexpr i64 kL2Bytes = 32 << 20;
-        const i64 head_bytes = static_cast<i64>(params.kv_rows) * (params.head_dim + params.head_dim_v) *
+        const i64 pair_bytes = static_cast<i64>(params.kv_rows) * (params.head_dim + params.head_dim_v) *
                                spec::Element::kBytes * params.kv_heads / params.heads;
-        section_ = static_cast<int>(min(static_cast<i64>(pairs), max(1ll, kL2Bytes / max(1ll, head_bytes))));
+        const i64 fitting = max(1ll, kL2Bytes / max(1ll, pair_bytes));
+        sections_ = static_cast<int>((pairs_ + fitting - 1) / fitting);
+        section_ = (pairs_ + sections_ - 1) / sections_;
       }
-      m_blocks_ = m_blocks;
-      tiles_ = m_blocks * pairs;
     }
   }
 
   // The next tile, if there is one. All lanes take part.
   __device__ __forceinline__ bool next(Tile& tile) {
-    index_ = round_ * gridDim.x + (round_ % 2 == 0 ? blockIdx.x : gridDim.x - 1 - blockIdx.x);
-    ++round_;
     bool found;
     if constexpr (spec::kPackedQ) {
       found = find_packed(tile);
     } else {
       found = find_dense(tile);
     }
+    index_ += gridDim.x;
     if (found) find_keys(tile);
     return found;
   }
@@ -78,15 +78,17 @@ class Schedule {
  private:
   __device__ __forceinline__ bool find_dense(Tile& tile) {
     if (index_ >= tiles_) return false;
-    const int pairs = params_.batch * params_.heads;
-    const int first = index_ / (section_ * m_blocks_) * section_;
+    const int section = index_ / (section_ * m_blocks_);
+    const int first = section * section_;
+    const int width = min(section_, pairs_ - first);
     const int in_section = index_ - first * m_blocks_;
-    const int width = min(section_, pairs - first);
     const int pair = first + in_section % width;
+    const int m_block = in_section / width;
+    const bool rising = spec::kWindowRight && (sections_ - section) % 2 == 0;
     tile.sequence = pair / params_.heads;
     tile.head = pair % params_.heads;
     tile.q_group = tile.sequence;
-    tile.q_index = tile.q_row = (m_blocks_ - 1 - in_section / width) * spec::kTileM;
+    tile.q_index = tile.q_row = (rising ? m_block : m_blocks_ - 1 - m_block) * spec::kTileM;
     tile.rows = min(spec::kTileM, params_.q_rows - tile.q_row);
     tile.q_len = params_.q_rows;
     return true;
@@ -157,11 +159,12 @@ class Schedule {
 
   const Operands& operands_;
   const Params& params_;
-  int round_ = 0;
-  int index_ = 0;
+  int index_;
   int tiles_ = 0;
   int m_blocks_ = 0;
-  int section_ = 1;         // pairs of sequence and head that are worked on side by side
+  int pairs_ = 0;           // of sequence and head,
+  int section_ = 1;         // as many of them in a section,
+  int sections_ = 1;        // and as many sections
   int window_ = 0;          // first segment of the 32 that the warp looks at,
   int window_row_ = 0;      // where it begins, counted over all groups,
   int window_tiles_ = 0;    // and the tiles before it

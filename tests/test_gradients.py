@@ -1,0 +1,153 @@
+"""Gradients of out and lse in every differentiable argument, against those of the definition."""
+
+from __future__ import annotations
+
+import dataclasses
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from cases import FEATURES, HEAD_DIMS, Case
+from conftest import CPU, CUDA
+from jax.test_util import check_grads
+from tolerance import check_close, factor, low_precision
+
+import jax_flash
+from jax_flash import canonical, reference
+from jax_flash.spec import Call
+
+DIFFERENTIABLE = ("q", "k", "v", "softmax_scale", "sinks", "q_descale", "k_descale", "v_descale")
+
+CASES = [
+    *(case for case in FEATURES if case.dtype != "float8_e4m3fn"),
+    *(case for case in HEAD_DIMS if case.id in ("bfloat16-d8-8", "bfloat16-d256-256", "bfloat16-d64-256")),
+    *(case for case in HEAD_DIMS if case.id in ("float16-d72-72", "float32-d8-72")),
+    Case(id="no-lse", return_lse=False, causal=True),
+    Case(id="empty-sequences", q_lens=(0, 9, 30), k_lens=(12, 0, 25), packed_q=True, packed_k=True, causal=True),
+    Case(id="nonsense-seqused", q_lens=(23, 23), k_lens=(41, 41), seqused_q=(-5, 10**9), seqused_k=(10**9, 7)),
+]
+
+
+def gradients(arguments: dict, compute) -> dict:
+    """Gradients of a random weighting of out and lse, where `compute(call)` gives these."""
+    floats = {name: jnp.asarray(arguments[name]) for name in DIFFERENTIABLE if name in arguments}
+    if "softmax_scale" in floats:
+        floats["softmax_scale"] = floats["softmax_scale"].astype(jnp.float32)
+
+    def loss(floats):
+        results = compute(Call(**(arguments | floats)))
+        rng = np.random.default_rng(0)
+        total = 0.0
+        for x in results if isinstance(results, tuple) else (results,):
+            weights = rng.normal(size=x.shape).astype(np.float32)
+            total += (jnp.where(jnp.isneginf(x), 0, x) * weights).sum(dtype=jnp.result_type(float))
+        return total
+
+    return jax.jit(jax.grad(loss))(floats)
+
+
+def by_kernel(implementation):
+    def compute(call):
+        fields = {field.name: getattr(call, field.name) for field in dataclasses.fields(call)}
+        return jax_flash.attention(**(fields | {"implementation": implementation}))
+
+    return compute
+
+
+def by_definition(compute_dtype=None, **changes):
+    def compute(call):
+        attention, operands = canonical.canonical(call)
+        results = reference.forward(dataclasses.replace(attention, **changes), operands, compute_dtype)
+        return canonical.restore(call, *results)
+
+    return compute
+
+
+def _cases():
+    cpu = [pytest.param(CPU, case, id=f"cpu-{case}") for case in CASES]
+    cuda = [
+        pytest.param("cuda", case, id=f"cuda-{case}", marks=CUDA.marks) for case in CASES if case.dtype != "float32"
+    ]
+    return cpu + cuda
+
+
+@pytest.mark.parametrize(("kernel", "case"), _cases(), indirect=["kernel"])
+def test_gradients(kernel, case):
+    arguments = case.arguments()
+    result = gradients(arguments, by_kernel(kernel))
+    low = gradients(arguments, by_definition(low_precision(case.dtype)))
+    with jax.enable_x64(True):
+        truth = gradients(arguments, by_definition(out_dtype="float64"))
+    assert result.keys() == truth.keys()
+    for name in result:
+        assert result[name].dtype == arguments[name].dtype if name != "softmax_scale" else np.float32
+        check_close(f"d{name}", result[name], low[name], np.asarray(truth[name]), factor(arguments))
+
+
+@pytest.mark.parametrize("packed", [False, True])
+def test_definition_has_the_gradients_of_finite_differences(packed):
+    case = Case(
+        id="finite",
+        dtype="float32",
+        q_lens=(5, 5),
+        k_lens=(7, 7),
+        packed_q=packed,
+        packed_k=packed,
+        seqused_k=(6, 0),
+        heads=4,
+        head_dim=8,
+        causal=True,
+        softcap=3.0,
+        sinks=True,
+    )
+    attention, operands = canonical.canonical(Call(**case.arguments()))
+    names = ("q", "k", "v", "scale", "v_scale", "sinks")
+    with jax.enable_x64(True):
+        attention = dataclasses.replace(attention, out_dtype="float64")
+
+        def compute(*floats):
+            out, lse = reference.forward(attention, operands._replace(**dict(zip(names, floats, strict=True))))
+            return out, jnp.where(jnp.isneginf(lse), 0, lse)
+
+        floats = [jnp.nan_to_num(jnp.asarray(getattr(operands, name), jnp.float64)) for name in names]
+        check_grads(compute, floats, order=1, modes=["rev"], atol=1e-3, rtol=1e-3, eps=1e-2)
+
+
+def test_fp8_has_no_gradient(kernel):
+    q, k, v = (jnp.ones((2, 9, 4, 32), jnp.float8_e4m3fn) for _ in range(3))
+
+    def loss(scale):
+        return jax_flash.attention(q, k, v, softmax_scale=scale, implementation=kernel).astype(jnp.float32).sum()
+
+    with pytest.raises(NotImplementedError, match="float8_e4m3fn inputs has no gradient"):
+        jax.grad(loss)(jnp.float32(0.2))
+
+
+@pytest.mark.parametrize("packed", [False, True])
+@pytest.mark.parametrize(("q_len", "k_len"), [(0, 7), (7, 0)])
+def test_gradients_of_nothing(implementation, packed, q_len, k_len):
+    case = Case(
+        id="none", q_lens=(q_len,) * 2, k_lens=(k_len,) * 2, packed_q=packed, packed_k=packed, sinks=True, tail=0
+    )
+    for name, gradient in gradients(case.arguments(), by_kernel(implementation)).items():
+        gradient = np.asarray(gradient, np.float32)
+        # Without keys the LSE is the sink.
+        assert gradient.any() if name == "sinks" and q_len else not gradient.any(), name
+
+
+def test_sinks_of_minus_infinity_are_no_sinks(implementation):
+    arguments = Case(id="minus-infinity", dtype="float16", k_lens=(29, 0, 53), packed_k=True).arguments()
+    expected = gradients(arguments, by_kernel(implementation))
+    sinks = {"sinks": np.full(6, -np.inf, np.float32)}
+    result = gradients(arguments | sinks, by_kernel(implementation))
+    assert not result.pop("sinks").any()
+    for name, gradient in result.items():
+        np.testing.assert_allclose(gradient, expected[name], rtol=1e-3, atol=1e-3, err_msg=f"d{name}")
+
+
+def test_same_inputs_give_the_same_bits(kernel):
+    arguments = Case(id="bits", packed_q=True, packed_k=True, causal=True, heads=4, q_lens=(70, 31, 150)).arguments()
+    first, second = (gradients(arguments, by_kernel(kernel)) for _ in range(2))
+    for name in first:
+        np.testing.assert_array_equal(first[name], second[name])
