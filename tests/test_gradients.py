@@ -29,22 +29,28 @@ CASES = [
 ]
 
 
+WEIGHTINGS = 8
+"""Random sums of out and lse that are differentiated: enough for the error of a scalar's gradient to have a size."""
+
+
 def gradients(arguments: dict, compute) -> dict:
-    """Gradients of a random weighting of out and lse, where `compute(call)` gives these."""
+    """Gradients of random sums of out and lse, where `compute(call)` gives these; the leading axis is the sum's."""
     floats = {name: jnp.asarray(arguments[name]) for name in DIFFERENTIABLE if name in arguments}
     if "softmax_scale" in floats:
         floats["softmax_scale"] = floats["softmax_scale"].astype(jnp.float32)
 
-    def loss(floats):
+    def results(floats):
         results = compute(Call(**(arguments | floats)))
-        rng = np.random.default_rng(0)
-        total = 0.0
-        for x in results if isinstance(results, tuple) else (results,):
-            weights = rng.normal(size=x.shape).astype(np.float32)
-            total += (jnp.where(jnp.isneginf(x), 0, x) * weights).sum(dtype=jnp.result_type(float))
-        return total
+        return [jnp.where(jnp.isneginf(x), 0, x) for x in (results if isinstance(results, tuple) else (results,))]
 
-    return jax.jit(jax.grad(loss))(floats)
+    rng = np.random.default_rng(0)
+    shapes = [x.shape for x in jax.eval_shape(results, floats)]
+    weights = [rng.normal(size=(WEIGHTINGS, *shape)).astype(np.float32) for shape in shapes]
+
+    def loss(floats, weights):
+        return sum((x * w).sum(dtype=jnp.result_type(float)) for x, w in zip(results(floats), weights, strict=True))
+
+    return jax.jit(lambda floats, weights: jax.lax.map(lambda w: jax.grad(loss)(floats, w), weights))(floats, weights)
 
 
 def by_kernel(implementation):

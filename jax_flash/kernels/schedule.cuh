@@ -47,18 +47,13 @@ class Schedule {
  public:
   __device__ __forceinline__ Schedule(const Operands& operands, const Params& params)
       : operands_(operands), params_(params), index_(blockIdx.x) {
-    if constexpr (!spec::kPackedQ) {
-      m_blocks_ = (params.q_rows + spec::kTileM - 1) / spec::kTileM;
-      pairs_ = params.batch * params.heads;
-      tiles_ = m_blocks_ * pairs_;
-      if constexpr (spec::kWindowRight) {
-        constexpr i64 kL2Bytes = 32 << 20;
-        const i64 pair_bytes = static_cast<i64>(params.kv_rows) * (params.head_dim + params.head_dim_v) *
-                               spec::Element::kBytes * params.kv_heads / params.heads;
-        const i64 fitting = max(1ll, kL2Bytes / max(1ll, pair_bytes));
-        sections_ = static_cast<int>((pairs_ + fitting - 1) / fitting);
-        section_ = (pairs_ + sections_ - 1) / sections_;
-      }
+    if constexpr (!spec::kPackedQ && spec::kWindowRight) {
+      constexpr i64 kL2Bytes = 32 << 20;
+      const i64 pair_bytes = static_cast<i64>(params.kv_rows) * (params.head_dim + params.head_dim_v) *
+                             spec::Element::kBytes * params.kv_heads / params.heads;
+      const i64 fitting = max(1ll, kL2Bytes / max(1ll, pair_bytes));
+      sections_ = static_cast<int>((pairs() + fitting - 1) / fitting);
+      section_ = (pairs() + sections_ - 1) / sections_;
     }
   }
 
@@ -76,19 +71,23 @@ class Schedule {
   }
 
  private:
+  // Pairs of sequence and head.
+  __device__ __forceinline__ int pairs() const { return params_.batch * params_.heads; }
+
   __device__ __forceinline__ bool find_dense(Tile& tile) {
-    if (index_ >= tiles_) return false;
-    const int section = index_ / (section_ * m_blocks_);
+    const int m_blocks = (params_.q_rows + spec::kTileM - 1) / spec::kTileM;
+    if (index_ >= m_blocks * pairs()) return false;
+    const int section = index_ / (section_ * m_blocks);
     const int first = section * section_;
-    const int width = min(section_, pairs_ - first);
-    const int in_section = index_ - first * m_blocks_;
+    const int width = min(section_, pairs() - first);
+    const int in_section = index_ - first * m_blocks;
     const int pair = first + in_section % width;
     const int m_block = in_section / width;
     const bool rising = spec::kWindowRight && (sections_ - section) % 2 == 0;
     tile.sequence = pair / params_.heads;
     tile.head = pair % params_.heads;
     tile.q_group = tile.sequence;
-    tile.q_index = tile.q_row = (rising ? m_block : m_blocks_ - 1 - m_block) * spec::kTileM;
+    tile.q_index = tile.q_row = (rising ? m_block : m_blocks - 1 - m_block) * spec::kTileM;
     tile.rows = min(spec::kTileM, params_.q_rows - tile.q_row);
     tile.q_len = params_.q_rows;
     return true;
@@ -160,11 +159,8 @@ class Schedule {
   const Operands& operands_;
   const Params& params_;
   int index_;
-  int tiles_ = 0;
-  int m_blocks_ = 0;
-  int pairs_ = 0;           // of sequence and head,
-  int section_ = 1;         // as many of them in a section,
-  int sections_ = 1;        // and as many sections
+  int section_ = 1;         // pairs of a section,
+  int sections_ = 1;        // and how many sections there are
   int window_ = 0;          // first segment of the 32 that the warp looks at,
   int window_row_ = 0;      // where it begins, counted over all groups,
   int window_tiles_ = 0;    // and the tiles before it

@@ -1,0 +1,42 @@
+"""A small list of CUDA calls for compute-sanitizer; docs/sanitizer.md has the command and what it found.
+
+Each array has an allocation of its own here, so that an access past its end is one that memcheck sees.
+"""
+
+from __future__ import annotations
+
+import os
+
+os.environ["XLA_PYTHON_CLIENT_ALLOCATOR"] = "platform"
+
+import jax
+import numpy as np
+from cases import Case
+from tolerance import run
+
+INT_MAX, INT_MIN = 2**31 - 1, -(2**31)
+PACKED = {"packed_q": True, "packed_k": True, "q_lens": (20, 131, 0, 13), "k_lens": (17, 140, 5, 0), "tail": 5, "lead": 2}
+CASES = [
+    Case(id="dense", head_dim=128, causal=True, q_lens=(150, 150), k_lens=(190, 190)),
+    Case(id="dense-three-consumers", dtype="float16", head_dim=64, q_lens=(200, 200), k_lens=(270, 270)),
+    Case(id="packed", head_dim=96, window_size=(30, 5), sinks=True, softcap=9.0, **PACKED),
+    Case(id="seqused", head_dim=40, seqused_q=(30, 0, 11), seqused_k=(29, 53, 2)),
+    Case(id="fp8", dtype="float8_e4m3fn", head_dim=128, causal=True, q_lens=(150, 150), k_lens=(190, 190)),
+    Case(id="fp8-packed", dtype="float8_e4m3fn", head_dim=64, descales="head", **PACKED),
+    Case(id="negative-scale", head_dim=64, softmax_scale=-0.1),
+]
+
+
+def nonsense() -> dict:
+    """Arguments whose index arrays lead outside every array."""
+    arguments = Case(id="nonsense", head_dim=64, dtype="float8_e4m3fn", **PACKED).arguments()
+    arguments["cu_seqlens_q"] = np.array([INT_MIN, INT_MAX, -5, 40, INT_MAX], np.int32)
+    arguments["cu_seqlens_k"] = np.array([INT_MAX, 12, INT_MIN, 10**6, -1], np.int32)
+    arguments["seqused_q"] = arguments["seqused_k"] = np.array([INT_MAX, INT_MIN, 3, INT_MAX], np.int32)
+    return arguments
+
+
+if __name__ == "__main__":
+    for arguments in [*(case.arguments() for case in CASES), nonsense()]:
+        jax.block_until_ready(run(arguments, implementation="cuda"))
+    print(f"{len(CASES) + 1} calls ran")
