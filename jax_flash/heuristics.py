@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import dataclasses
 import itertools
-import math
 from collections.abc import Iterator
 
 from jax_flash.spec import UNBOUNDED, KernelSpec
@@ -135,7 +134,7 @@ def cost(spec: KernelSpec) -> tuple:
     wants_three = element_bytes(spec.element) == 2 and max(spec.head_dim, spec.head_dim_v) <= 64
     # A diagonal wastes half of each masked block, which narrower steps make smaller.
     widest = 128 if spec.window_right or spec.window_left else 256
-    # Only the first piece of PV runs beside the softmax: twice as many pieces cost about as much as 25 keys fewer.
+    # Only the first piece of PV runs beside the softmax; each further one is waited for: keys per piece is what counts.
+    width = min(spec.tile_n, widest)
     pieces = spec.head_dim_v // spec.tile_v
-    width = min(spec.tile_n, widest) - 25 * math.log2(pieces)
-    return spec.tile_m // 64 != (3 if wants_three else 2), -width, spec.tile_n
+    return spec.tile_m // 64 != (3 if wants_three else 2), -width / pieces, -width, spec.tile_n

@@ -49,7 +49,7 @@ class Kernel:
 def why_no_nvrtc() -> str | None:
     """Why kernels cannot be compiled here, or None."""
     try:
-        _compiler_version()
+        compiler_version()
     except Exception as error:  # the bindings raise types of their own when a shared library is missing
         return (
             f"NVRTC, which compiles the kernels, cannot be used ({type(error).__name__}: {error}). "
@@ -60,7 +60,7 @@ def why_no_nvrtc() -> str | None:
 
 def compile(source: str) -> Kernel:
     """The kernel of a source text: from this process, from the disk, or from NVRTC."""
-    key = hashlib.sha256(b"\0".join([source.encode(), *_OPTIONS, _compiler_version().encode()])).hexdigest()
+    key = hashlib.sha256(b"\0".join([source.encode(), *_OPTIONS, compiler_version().encode()])).hexdigest()
     return _load_or_build(key, source)
 
 
@@ -85,7 +85,8 @@ def _load_or_build(key: str, source: str) -> Kernel:
 
 
 @functools.cache
-def _compiler_version() -> str:
+def compiler_version() -> str:
+    """Of NVRTC, as "13.0"; raises whatever keeps it from being used."""
     from cuda.bindings import nvrtc
 
     status, major, minor = nvrtc.nvrtcVersion()

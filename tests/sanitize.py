@@ -15,7 +15,14 @@ from cases import Case
 from tolerance import run
 
 INT_MAX, INT_MIN = 2**31 - 1, -(2**31)
-PACKED = {"packed_q": True, "packed_k": True, "q_lens": (20, 131, 0, 13), "k_lens": (17, 140, 5, 0), "tail": 5, "lead": 2}
+PACKED = {
+    "packed_q": True,
+    "packed_k": True,
+    "q_lens": (20, 131, 0, 13),
+    "k_lens": (17, 140, 5, 0),
+    "tail": 5,
+    "lead": 2,
+}
 CASES = [
     Case(id="dense", head_dim=128, causal=True, q_lens=(150, 150), k_lens=(190, 190)),
     Case(id="dense-three-consumers", dtype="float16", head_dim=64, q_lens=(200, 200), k_lens=(270, 270)),

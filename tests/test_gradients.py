@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 
 import jax
 import jax.numpy as jnp
@@ -11,7 +12,7 @@ import pytest
 from cases import FEATURES, HEAD_DIMS, Case
 from conftest import CPU, CUDA
 from jax.test_util import check_grads
-from tolerance import check_close, factor, low_precision
+from tolerance import check_close, factor, jit_reference, low_precision
 
 import jax_flash
 from jax_flash import canonical, reference
@@ -33,7 +34,7 @@ WEIGHTINGS = 8
 """Random sums of out and lse that are differentiated: enough for the error of a scalar's gradient to have a size."""
 
 
-def gradients(arguments: dict, compute) -> dict:
+def gradients(arguments: dict, compute, jit=jax.jit) -> dict:
     """Gradients of random sums of out and lse, where `compute(call)` gives these; the leading axis is the sum's."""
     floats = {name: jnp.asarray(arguments[name]) for name in DIFFERENTIABLE if name in arguments}
     if "softmax_scale" in floats:
@@ -50,7 +51,7 @@ def gradients(arguments: dict, compute) -> dict:
     def loss(floats, weights):
         return sum((x * w).sum(dtype=jnp.result_type(float)) for x, w in zip(results(floats), weights, strict=True))
 
-    return jax.jit(lambda floats, weights: jax.lax.map(lambda w: jax.grad(loss)(floats, w), weights))(floats, weights)
+    return jit(lambda floats, weights: jax.lax.map(lambda w: jax.grad(loss)(floats, w), weights))(floats, weights)
 
 
 def by_kernel(implementation):
@@ -82,9 +83,10 @@ def _cases():
 def test_gradients(kernel, case):
     arguments = case.arguments()
     result = gradients(arguments, by_kernel(kernel))
-    low = gradients(arguments, by_definition(low_precision(case.dtype)))
+    quick = functools.partial(jit_reference, arguments=arguments)
+    low = gradients(arguments, by_definition(low_precision(case.dtype)), quick)
     with jax.enable_x64(True):
-        truth = gradients(arguments, by_definition(out_dtype="float64"))
+        truth = gradients(arguments, by_definition(out_dtype="float64"), quick)
     assert result.keys() == truth.keys()
     for name in result:
         assert result[name].dtype == arguments[name].dtype if name != "softmax_scale" else np.float32
@@ -112,6 +114,7 @@ def test_definition_has_the_gradients_of_finite_differences(packed):
     with jax.enable_x64(True):
         attention = dataclasses.replace(attention, out_dtype="float64")
 
+        @jax.jit
         def compute(*floats):
             out, lse = reference.forward(attention, operands._replace(**dict(zip(names, floats, strict=True))))
             return out, jnp.where(jnp.isneginf(lse), 0, lse)

@@ -1,0 +1,209 @@
+"""python -m jax_flash: runs three cases on the best device here against the definition; `info`: what is installed here."""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import statistics
+import sys
+import time
+from collections.abc import Callable
+
+import jax
+import jax.numpy as jnp
+import jaxlib
+import numpy as np
+
+import jax_flash
+from jax_flash import canonical, jit, launch, reference
+from jax_flash.spec import Call
+
+CALLS = 7
+"""Timed calls of a case; the table shows their median."""
+
+
+# The cases: each makes the arguments of one call of `attention`.
+
+
+def fp8_packed(rng: np.random.Generator, *, ones: bool) -> dict:
+    """84 sequences, packed, in FP8; with `ones` q and k are ones, and descales differ only where they touch v."""
+    lengths = [64, 64, *(38 + i % 5 for i in range(80)), 1680, 32]
+    cu_seqlens = jnp.asarray(np.cumsum([0, *lengths]), jnp.int32)
+    q, k, v = (_normal(rng, (sum(lengths), 16, 128), jnp.float8_e4m3fn) for _ in range(3))
+    descales = (jnp.asarray(rng.uniform(0.5, 1.5, (len(lengths), 16)), jnp.float32) for _ in range(3))
+    q_descale, k_descale, v_descale = descales
+    if ones:
+        q, k = jnp.ones_like(q), jnp.ones_like(k)
+    return {
+        "q": q,
+        "k": k,
+        "v": v,
+        "q_descale": q_descale,
+        "k_descale": k_descale,
+        "v_descale": v_descale,
+        "cu_seqlens_q": cu_seqlens,
+        "cu_seqlens_k": cu_seqlens,
+        "max_seqlen_q": max(lengths),
+        "max_seqlen_k": max(lengths),
+    }
+
+
+def fp16_causal(rng: np.random.Generator) -> dict:
+    """Two sequences of 512 tokens under a causal mask."""
+    q, k, v = (_normal(rng, (2, 512, 16, 128), jnp.float16) for _ in range(3))
+    return {"q": q, "k": k, "v": v, "causal": True}
+
+
+def fp16_decode(rng: np.random.Generator) -> dict:
+    """One new token against 2048 keys, 8 query heads to a key/value head."""
+    q = _normal(rng, (1, 1, 16, 128), jnp.float16)
+    k, v = (_normal(rng, (1, 2048, 2, 128), jnp.float16) for _ in range(2))
+    return {"q": q, "k": k, "v": v}
+
+
+CASES: dict[str, Callable[[np.random.Generator], dict]] = {
+    "fp8 packed, q and k ones": lambda rng: fp8_packed(rng, ones=True),
+    "fp8 packed": lambda rng: fp8_packed(rng, ones=False),
+    "fp16 causal": fp16_causal,
+    "fp16 decode": fp16_decode,
+}
+
+
+def _normal(rng, shape, dtype) -> jax.Array:
+    return jnp.asarray(rng.standard_normal(shape, np.float32), dtype)
+
+
+# Running them.
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Row:
+    """A row of the table."""
+
+    case: str
+    device: str
+    implementation: str
+    shape: str
+    error: float
+    tolerance: float
+    seconds: float
+
+    @property
+    def passed(self) -> bool:
+        """Whether the result is within the tolerance; a NaN is not."""
+        return self.error <= self.tolerance
+
+    def cells(self) -> tuple[str, ...]:
+        """The row as text."""
+        verdict = "pass" if self.passed else "FAIL"
+        numbers = f"{self.error:.2e}", f"{self.tolerance:.2e}", f"{self.seconds * 1e6:.0f} us"
+        return self.case, self.device, self.implementation, self.shape, *numbers, verdict
+
+
+HEADER = ("case", "device", "implementation", "shape of q; k", "error", "tolerance", "time", "")
+
+
+def run_case(name: str) -> Row:
+    """Runs one case inside jax.jit, checks it and measures it."""
+    arguments = CASES[name](np.random.default_rng(0))
+    arrays = {name: x for name, x in arguments.items() if isinstance(x, jax.Array)}
+    static = {name: x for name, x in arguments.items() if name not in arrays}
+    attention = jax.jit(lambda arrays: jax_flash.attention(**arrays, **static))
+    out = np.asarray(attention(arrays))
+    truth, same_precision = expected(arguments)
+    return Row(
+        case=name,
+        device=jax.devices()[0].device_kind,
+        implementation=implementation(arguments),
+        shape="; ".join("x".join(map(str, arguments[x].shape)) for x in ("q", "k")),
+        error=_largest(out, truth),
+        tolerance=tolerance(same_precision, truth),
+        seconds=wall_time(lambda: attention(arrays)),
+    )
+
+
+def expected(arguments: dict) -> tuple[np.ndarray, np.ndarray]:
+    """The result by the definition: in float32, and in the precision that the inputs ask for."""
+    call = Call(**arguments)
+    attention, operands = canonical.canonical(call)
+    narrow = attention.out_dtype  # the dtype of q, bfloat16 for FP8
+    forward = jax.jit(reference.forward, static_argnums=(0, 2))
+    truth = forward(dataclasses.replace(attention, out_dtype="float32"), operands, None)
+    same_precision = forward(attention, operands, narrow)
+    return np.asarray(canonical.restore(call, *truth)), np.asarray(canonical.restore(call, *same_precision))
+
+
+def tolerance(same_precision: np.ndarray, truth: np.ndarray) -> float:
+    """FlashAttention-3's rule: twice the error of the same-precision reference, and what rounding the output costs."""
+    shift = np.asarray(0.3, same_precision.dtype)
+    rounded = truth.astype(same_precision.dtype) + shift - shift
+    return 2 * _largest(same_precision, truth) + 2 * _largest(rounded, truth)
+
+
+def _largest(x: np.ndarray, y: np.ndarray) -> float:
+    return float(np.abs(x.astype(np.float32) - y.astype(np.float32)).max())
+
+
+def wall_time(call: Callable[[], jax.Array]) -> float:
+    """Median seconds from a call to its result, after the calls that warmed it up."""
+    seconds = []
+    for _ in range(CALLS):
+        start = time.perf_counter()
+        jax.block_until_ready(call())
+        seconds.append(time.perf_counter() - start)
+    return statistics.median(seconds)
+
+
+def implementation(arguments: dict) -> str:
+    """Who serves a call on the default device."""
+    platform = jax.default_backend()
+    if platform == "gpu":
+        _, operands = canonical.canonical(Call(**arguments))
+        return "xla" if launch.why_not_served(operands) else "cuda"
+    return "cpu" if platform == "cpu" else "xla"
+
+
+def run_cases() -> int:
+    """Prints the table; the number of cases that failed."""
+    rows = [run_case(name) for name in CASES]
+    cells = [HEADER, *(row.cells() for row in rows)]
+    widths = [max(map(len, column)) for column in zip(*cells, strict=True)]
+    for line in cells:
+        print("  ".join(cell.ljust(width) for cell, width in zip(line, widths, strict=True)).rstrip())
+    print(
+        "error: largest difference from jax_flash.reference in float32; tolerance: FlashAttention-3's rule; "
+        f"time: median wall time of {CALLS} calls, each waited for."
+    )
+    return sum(not row.passed for row in rows)
+
+
+# Info.
+
+
+def print_info() -> None:
+    """Prints versions, devices, who serves here, and what is compiled."""
+    print(f"jax_flash {jax_flash.__version__}, jax {jax.__version__}, jaxlib {jaxlib.__version__}")
+    print(f"NVRTC: {jit.why_no_nvrtc() or jit.compiler_version()}")
+    for device in jax.devices():
+        capability = getattr(device, "compute_capability", None)
+        print(f"device {device.id}: {device.device_kind}" + (f", compute capability {capability}" if capability else ""))
+    why_not = launch.why_no_cuda()
+    served_by = f"{'cpu' if jax.default_backend() == 'cpu' else 'xla'} (not cuda: {why_not})" if why_not else "cuda"
+    print(f"implementation: {served_by}")
+    folder = jit.cache_folder()
+    sizes = [file.stat().st_size for file in folder.iterdir()] if folder.is_dir() else []
+    print(f"kernel cache: {folder}, {len(sizes)} kernels, {sum(sizes)} bytes")
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """The command; its exit status."""
+    parser = argparse.ArgumentParser(prog="python -m jax_flash", description=__doc__)
+    parser.add_argument("command", nargs="?", choices=["info"], help="prints what is installed here, runs nothing")
+    if parser.parse_args(arguments).command == "info":
+        print_info()
+        return 0
+    return 1 if run_cases() else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

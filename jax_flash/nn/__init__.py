@@ -1,0 +1,161 @@
+"""Attention for Flax: `attention_fn` for its multi-head modules, and whole modules in `linen` and `nnx`.
+
+`attention_fn` takes arrays alone, so it needs no flax; `jax_flash.nn.linen` and `jax_flash.nn.nnx` import it when used.
+"""
+
+from __future__ import annotations
+
+import importlib
+import math
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax.typing import DTypeLike
+
+from jax_flash import api
+
+__all__ = ["attention_fn", "linen", "nnx"]
+
+
+def __getattr__(name: str) -> Any:
+    if name in ("linen", "nnx"):
+        return importlib.import_module(f"jax_flash.nn.{name}")
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+
+
+def attention_fn(
+    query: jax.Array,
+    key: jax.Array,
+    value: jax.Array,
+    bias: jax.Array | None = None,
+    mask: jax.Array | None = None,
+    *,
+    broadcast_dropout: bool = True,
+    dropout_rng: Any = None,
+    dropout_rate: float = 0.0,
+    deterministic: bool = False,
+    dtype: DTypeLike | None = None,
+    precision: Any = None,
+    module: Any = None,
+    is_causal: bool = False,
+    force_fp32_for_softmax: bool = False,
+    qk_attn_weights_einsum: Any = None,
+    attn_weights_value_einsum: Any = None,
+    causal: bool = False,
+    window_size: tuple[int | None, int | None] | None = (-1, -1),
+    softcap: float = 0.0,
+    softmax_scale: float | jax.Array | None = None,
+    sinks: jax.Array | None = None,
+    seqused_q: jax.Array | None = None,
+    seqused_k: jax.Array | None = None,
+    implementation: str | None = None,
+) -> jax.Array:
+    """`jax_flash.attention` as the `attention_fn` of Flax's multi-head modules, linen's and nnx's.
+
+    The arguments down to `attn_weights_value_einsum` are those that Flax passes; `functools.partial` sets the others:
+
+        attention_fn = functools.partial(jax_flash.nn.attention_fn, causal=True, window_size=(256, 0))
+        flax.linen.MultiHeadDotProductAttention(num_heads=8, dtype=jnp.bfloat16, attention_fn=attention_fn)
+        flax.nnx.MultiHeadAttention(8, 512, dtype=jnp.bfloat16, attention_fn=attention_fn, decode=False, rngs=rngs)
+
+    The softmax is computed and products are added in float32 whatever `precision` and `force_fp32_for_softmax` say.
+
+    Args:
+      query: (batch.., Sq, H, D), with any number of batch dimensions, or none.
+      key: (batch.., Sk, Hk, D), H a multiple of Hk.
+      value: (batch.., Sk, Hk, Dv).
+      bias: must be None.
+      mask: must be None; `causal`, `window_size`, `seqused_q` and `seqused_k` say what is seen.
+      broadcast_dropout: has no effect, for there is no dropout.
+      dropout_rng: likewise.
+      dropout_rate: must be 0 unless `deterministic`.
+      deterministic: whether there is no dropout, whatever its rate.
+      dtype: what query, key and value are cast to; the dtype that they promote to unless given.
+      precision: has no effect.
+      module: must be None: attention weights are never in memory, so none can be sown.
+      is_causal: Flax's own causal mask, which goes from the first query and key on; needs Sq == Sk.
+      force_fp32_for_softmax: has no effect.
+      qk_attn_weights_einsum: must be None.
+      attn_weights_value_einsum: must be None.
+      causal: query i sees keys j <= i + Sk - Sq; with Sq == Sk the same as `is_causal`.
+      window_size: as in `jax_flash.attention`; so are softcap, softmax_scale, sinks and implementation.
+      softcap: see window_size.
+      softmax_scale: see window_size.
+      sinks: see window_size.
+      seqused_q: int32 (batch..): only the first so many queries count. The outputs of the others are 0.
+      seqused_k: int32 (batch..): only the first so many keys count; in place of a padding mask.
+      implementation: see window_size.
+
+    Returns:
+      (batch.., Sq, H, Dv), in the dtype that query, key and value were cast to.
+
+    Raises:
+      NotImplementedError: dropout, a bias, a mask or another argument that no kernel here serves.
+      TypeError, ValueError: an argument is wrong, as `jax_flash.attention` says.
+    """
+    _must_be_none("bias", bias, "no kernel here adds one to the scores")
+    _must_be_none(
+        "mask",
+        mask,
+        "no kernel here takes one (nor Flax's decode=True, which makes one); what is seen is said by causal=True, "
+        "window_size=, and lengths with seqused_q= and seqused_k=",
+    )
+    _must_be_none("module", module, "attention weights are never in memory, so sow_weights has none to sow")
+    _must_be_none("qk_attn_weights_einsum", qk_attn_weights_einsum, "no kernel here calls it")
+    _must_be_none("attn_weights_value_einsum", attn_weights_value_einsum, "no kernel here calls it")
+    if dropout_rate > 0 and not deterministic:
+        raise NotImplementedError(
+            f"dropout_rate must be 0 unless deterministic is True, got {dropout_rate}: no kernel here drops weights."
+        )
+
+    batch = _batch(query, key, value)
+    q_len, kv_len = query.shape[-3], key.shape[-3]
+    if is_causal and q_len != kv_len:
+        raise NotImplementedError(
+            f"is_causal needs as many queries as keys, got {q_len} and {kv_len}: Flax lines up the first query with "
+            f"the first key, kernels here the last with the last; say causal=True if that is meant."
+        )
+    dtype = jnp.result_type(query, key, value) if dtype is None else dtype
+
+    def folded(x):
+        return jnp.asarray(x, dtype).reshape(math.prod(batch), *x.shape[-3:])
+
+    def lengths(name, seqused):
+        if seqused is None:
+            return None
+        seqused = jnp.asarray(seqused)
+        if seqused.shape != batch:
+            raise ValueError(f"{name} must have shape {batch}, one length a sequence, got shape {seqused.shape}.")
+        return seqused.reshape(-1)
+
+    out = api.attention(
+        folded(query),
+        folded(key),
+        folded(value),
+        causal=causal or is_causal,
+        window_size=window_size,
+        softcap=softcap,
+        softmax_scale=softmax_scale,
+        sinks=sinks,
+        seqused_q=lengths("seqused_q", seqused_q),
+        seqused_k=lengths("seqused_k", seqused_k),
+        implementation=implementation,
+    )
+    return out.reshape(*batch, *out.shape[1:])
+
+
+def _must_be_none(name: str, given: Any, reason: str) -> None:
+    if given is not None:
+        raise NotImplementedError(f"{name} must be None, got one of type {type(given).__name__}: {reason}.")
+
+
+def _batch(query: jax.Array, key: jax.Array, value: jax.Array) -> tuple[int, ...]:
+    """The batch dimensions. Folded ones would hide that they differ, so that is checked here."""
+    batch = query.shape[:-3]
+    for name, x in (("query", query), ("key", key), ("value", value)):
+        if x.ndim < 3:
+            raise ValueError(f"{name} must have shape (batch.., length, heads, head_dim), got shape {x.shape}.")
+        if x.shape[:-3] != batch:
+            raise ValueError(f"{name} must have the batch dimensions of query, {batch}, got shape {x.shape}.")
+    return batch

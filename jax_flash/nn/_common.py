@@ -1,0 +1,82 @@
+"""What the two `FlashAttention` modules have in common: all but how a Flax module is made."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from typing import Protocol
+
+import jax
+
+from jax_flash import api
+
+NEEDS_FLAX = "{} needs flax; install it with: pip install 'jax-flash[flax]'."
+
+# Flax's own defaults.
+KERNEL_INIT = jax.nn.initializers.lecun_normal()
+BIAS_INIT = jax.nn.initializers.zeros
+
+
+class Fields(Protocol):
+    """The fields of either module that decide what it computes; `linen.FlashAttention` describes them."""
+
+    num_heads: int
+    num_kv_heads: int | None
+    head_dim: int | None
+    out_features: int | None
+    causal: bool
+    window_size: tuple[int | None, int | None] | None
+    softcap: float
+    implementation: str | None
+
+
+def projections(module: Fields, features: int) -> dict[str, tuple[tuple[int, ...], tuple[int, ...]]]:
+    """Name, input dims and output dims of each projection, named and shaped as in Flax's multi-head modules."""
+    num_heads = module.num_heads
+    num_kv_heads = num_heads if module.num_kv_heads is None else module.num_kv_heads
+    if num_heads < 1 or num_kv_heads < 1 or num_heads % num_kv_heads:
+        raise ValueError(f"num_heads must be a positive multiple of num_kv_heads, got {num_heads} and {num_kv_heads}.")
+    if module.head_dim is None and features % num_heads:
+        raise ValueError(
+            f"head_dim must be given where num_heads does not divide the features of x, got {num_heads} heads and "
+            f"{features} features."
+        )
+    head_dim = features // num_heads if module.head_dim is None else module.head_dim
+    out_features = features if module.out_features is None else module.out_features
+    return {
+        "query": ((features,), (num_heads, head_dim)),
+        "key": ((features,), (num_kv_heads, head_dim)),
+        "value": ((features,), (num_kv_heads, head_dim)),
+        "out": ((num_heads, head_dim), (out_features,)),
+    }
+
+
+def self_attention(
+    module: Fields,
+    layers: Mapping[str, Callable[[jax.Array], jax.Array]],
+    x: jax.Array,
+    cu_seqlens: jax.Array | None,
+    seqused: jax.Array | None,
+) -> jax.Array:
+    """Projects x to queries, keys and values, attends within each sequence, and projects the result."""
+    if x.ndim not in (2, 3):
+        raise ValueError(
+            f"x must have shape (batch, length, features) or, packed, (tokens, features), got shape {x.shape}."
+        )
+    if x.ndim == 2 and cu_seqlens is None:
+        raise ValueError(f"cu_seqlens must be given for packed x of shape {x.shape}, got None.")
+    if x.ndim == 3 and cu_seqlens is not None:
+        raise ValueError(f"cu_seqlens is for packed x of shape (tokens, features), got shape {x.shape}.")
+    attended = api.attention(
+        layers["query"](x),
+        layers["key"](x),
+        layers["value"](x),
+        causal=module.causal,
+        window_size=module.window_size,
+        softcap=module.softcap,
+        cu_seqlens_q=cu_seqlens,
+        cu_seqlens_k=cu_seqlens,
+        seqused_q=seqused,
+        seqused_k=seqused,
+        implementation=module.implementation,
+    )
+    return layers["out"](attended)

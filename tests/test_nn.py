@@ -1,0 +1,391 @@
+"""The Flax layer: `attention_fn` in Flax's own modules against Flax's own attention, and the `FlashAttention` modules."""
+
+from __future__ import annotations
+
+import functools
+import subprocess
+import sys
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import flax
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from conftest import CPU, CUDA
+from tolerance import check_close, low_precision
+
+import jax_flash
+from jax_flash import canonical, reference
+from jax_flash.nn import attention_fn
+from jax_flash.spec import Call
+
+BATCH, LENGTH, FEATURES, HEADS, HEAD_DIM = (2, 3), 11, 48, 4, 16
+FRAMEWORKS = ("linen", "nnx")
+
+on_each_kernel = pytest.mark.parametrize(
+    ("kernel", "dtype"),
+    [(CPU, "float32"), (CPU, "bfloat16"), pytest.param("cuda", "bfloat16", marks=CUDA.marks)],
+    indirect=["kernel"],
+)
+in_each_framework = pytest.mark.parametrize("framework", FRAMEWORKS)
+
+
+class Layer(NamedTuple):
+    """A module of either framework as plain functions: apply(params, x, ..), params of the form {name: {kernel, bias}}."""
+
+    params: Any
+    apply: Callable[..., Any]
+
+
+def linen_layer(module, x) -> Layer:
+    variables = module.init(jax.random.key(0), x)
+    return Layer(variables["params"], lambda params, x, **arguments: module.apply({"params": params}, x, **arguments))
+
+
+def nnx_layer(module) -> Layer:
+    graph, state = flax.nnx.split(module)
+
+    def apply(params, x, **arguments):
+        flax.nnx.replace_by_pure_dict(state, params)
+        return flax.nnx.merge(graph, state)(x, **arguments)
+
+    return Layer(flax.nnx.to_pure_dict(state), apply)
+
+
+def flax_attention(framework, **fields) -> Layer:
+    """Flax's own multi-head module."""
+    fields = {"qkv_features": HEADS * HEAD_DIM, **fields}
+    if framework == "linen":
+        return linen_layer(flax.linen.MultiHeadDotProductAttention(HEADS, **fields), jnp.ones((LENGTH, FEATURES)))
+    return nnx_layer(flax.nnx.MultiHeadAttention(HEADS, FEATURES, decode=False, rngs=flax.nnx.Rngs(0), **fields))
+
+
+def flash_attention(framework, **fields) -> Layer:
+    fields = {"num_heads": HEADS, "head_dim": HEAD_DIM, **fields}
+    if framework == "linen":
+        return linen_layer(jax_flash.nn.linen.FlashAttention(**fields), jnp.ones((*BATCH, FEATURES)))
+    return nnx_layer(jax_flash.nn.nnx.FlashAttention(in_features=FEATURES, rngs=flax.nnx.Rngs(0), **fields))
+
+
+def random(*shape, dtype=np.float32):
+    return np.random.default_rng(len(shape)).normal(size=shape).astype(dtype)
+
+
+def varied(params):
+    """Parameters with biases that are not zero."""
+    return jax.tree.map(lambda x: x + 0.1 * random(*x.shape), params)
+
+
+def check_layer(apply, by_low, by_truth, params, x, dtype) -> None:
+    """Checks a layer and its gradients in parameters and input, under jit, by the rule of tolerance.py."""
+
+    def results(apply, params, x):
+        def loss(params, x):
+            out = apply(params, x)
+            return (out * random(*out.shape)).sum(dtype=jnp.result_type(float)), out
+
+        gradients, out = jax.jit(jax.grad(loss, argnums=(0, 1), has_aux=True))(params, x)
+        return {"out": out, "gradients": gradients}
+
+    result, low = results(apply, params, x), results(by_low, params, x)
+    assert result["out"].dtype == dtype
+    with jax.enable_x64(True):
+        wide = jax.tree.map(lambda x: jnp.asarray(x, jnp.float64), (params, x))
+        truth = results(by_truth, *wide)
+
+    def check(path, *leaves):
+        check_close(jax.tree_util.keystr(path), *leaves, factor=4 if dtype == "float32" else 2)
+
+    jax.tree_util.tree_map_with_path(check, result, low, truth)
+
+
+# attention_fn
+
+
+MASKS = {
+    "full": ({}, {}, {}),
+    "causal": ({"causal": True}, {}, {"mask": np.tril(np.ones((LENGTH, LENGTH), bool))}),
+    "window": (
+        {"window_size": (3, 2)},
+        {},
+        {"mask": np.tri(LENGTH, k=2, dtype=bool) & ~np.tri(LENGTH, k=-4, dtype=bool)},
+    ),
+    "lengths": (
+        {"seqused_k": np.array([[4, 11, 7], [2, 9, 5]], np.int32)},
+        {},
+        {"mask": np.arange(LENGTH) < np.array([[4, 11, 7], [2, 9, 5]])[..., None, None, None]},
+    ),
+    "is_causal": ({}, {"is_causal": True}, {"is_causal": True}),
+}
+
+
+@on_each_kernel
+@pytest.mark.parametrize(
+    ("framework", "options", "call", "flax_call"),
+    [
+        pytest.param(framework, *arguments, id=f"{framework}-{name}")
+        for framework in FRAMEWORKS
+        for name, arguments in MASKS.items()
+        if (framework, name) != ("linen", "is_causal")
+    ],
+)
+def test_attention_fn_is_flax_attention(kernel, dtype, framework, options, call, flax_call):
+    function = functools.partial(attention_fn, implementation=kernel, **options)
+    ours = flax_attention(framework, attention_fn=function, dtype=dtype)
+    low, truth = flax_attention(framework, dtype=dtype), flax_attention(framework)
+    if "mask" in flax_call:
+        mask = np.broadcast_to(flax_call["mask"], (*BATCH, HEADS, LENGTH, LENGTH))
+        flax_call = {"mask": mask}
+    check_layer(
+        functools.partial(ours.apply, **call),
+        functools.partial(low.apply, **flax_call),
+        functools.partial(truth.apply, **flax_call),
+        varied(ours.params),
+        random(*BATCH, LENGTH, FEATURES),
+        dtype,
+    )
+
+
+@pytest.mark.parametrize("batch", [(), (5,), (2, 3)])
+def test_attention_fn_takes_any_batch(implementation, batch):
+    query = random(*batch, 7, 6, 16, dtype=np.float16)
+    key, value = random(*batch, 9, 2, 16, dtype=np.float16), random(*batch, 9, 2, 24, dtype=np.float16)
+    seqused = {"seqused_q": np.full(batch, 4, np.int32), "seqused_k": np.full(batch, 8, np.int32)}
+    sinks = random(6)
+    out = attention_fn(
+        query, key, value, causal=True, sinks=sinks, softmax_scale=0.3, implementation=implementation, **seqused
+    )
+    assert out.shape == (*batch, 7, 6, 24)
+    assert out.dtype == np.float16
+
+    def one(index):
+        options = {"causal": True, "sinks": sinks, "softmax_scale": 0.3, "implementation": implementation}
+        return jax_flash.attention(query[index][None, :4], key[index][None, :8], value[index][None, :8], **options)[0]
+
+    for index in np.ndindex(batch):
+        np.testing.assert_allclose(out[index][:4], one(index), rtol=4e-3, atol=4e-3)
+        np.testing.assert_array_equal(out[index][4:], 0)
+
+
+@pytest.mark.parametrize(
+    ("dtypes", "dtype", "expected"),
+    [
+        (("float32", "float32", "float32"), "bfloat16", "bfloat16"),
+        (("bfloat16", "float16", "float32"), None, "float32"),
+        (("bfloat16", "bfloat16", "bfloat16"), None, "bfloat16"),
+    ],
+)
+def test_attention_fn_casts_as_flax_does(dtypes, dtype, expected):
+    arrays = [jnp.asarray(random(5, 7, 4, 16), dtype) for dtype in dtypes]
+    out = attention_fn(*arrays, dtype=dtype)
+    assert out.dtype == flax.linen.dot_product_attention(*arrays, dtype=dtype).dtype == expected
+
+
+def test_attention_fn_drops_nothing_when_deterministic():
+    x = random(*BATCH, LENGTH, FEATURES)
+    plain = flax_attention("linen", attention_fn=attention_fn)
+    dropping = flax_attention("linen", attention_fn=attention_fn, dropout_rate=0.5, deterministic=True)
+    np.testing.assert_array_equal(plain.apply(plain.params, x), dropping.apply(plain.params, x))
+
+
+ARRAYS = {
+    "query": np.ones((2, 3, 7, 4, 16), np.float32),
+    "key": np.ones((2, 3, 7, 4, 16), np.float32),
+    "value": np.ones((2, 3, 7, 4, 16), np.float32),
+}
+BAD = {
+    "bias": ({"bias": np.zeros((7, 7))}, NotImplementedError, "bias must be None, got one of type ndarray: no kernel"),
+    "mask": (
+        {"mask": np.ones((7, 7), bool)},
+        NotImplementedError,
+        "mask must be None, got .* causal=True, window_size=, and lengths with seqused_q= and seqused_k=",
+    ),
+    "dropout": (
+        {"dropout_rate": 0.25},
+        NotImplementedError,
+        "dropout_rate must be 0 unless deterministic is True, got 0.25",
+    ),
+    "module": ({"module": object()}, NotImplementedError, "module must be None, got one of type object: .* sow"),
+    "einsum-of-scores": (
+        {"qk_attn_weights_einsum": jnp.einsum},
+        NotImplementedError,
+        "^qk_attn_weights_einsum must be",
+    ),
+    "einsum-of-values": ({"attn_weights_value_einsum": jnp.einsum}, NotImplementedError, "^attn_weights_value_einsum"),
+    "is-causal-lengths": (
+        {name: np.ones((2, 3, 9, 4, 16), np.float32) for name in ("key", "value")} | {"is_causal": True},
+        NotImplementedError,
+        "is_causal needs as many queries as keys, got 7 and 9: .* say causal=True",
+    ),
+    "batch-of-key": (
+        {"key": np.ones((3, 2, 7, 4, 16), np.float32)},
+        ValueError,
+        r"key must have the batch dimensions of query, \(2, 3\), got shape \(3, 2, 7, 4, 16\)",
+    ),
+    "rank": (
+        {"query": np.ones((4, 16))},
+        ValueError,
+        r"query must have shape \(batch.., length, .* got shape \(4, 16\)",
+    ),
+    "seqused": (
+        {"seqused_k": np.ones((3, 2), np.int32)},
+        ValueError,
+        r"seqused_k must have shape \(2, 3\), one length a sequence, got shape \(3, 2\)",
+    ),
+}
+
+
+@pytest.mark.parametrize(("changes", "error", "message"), BAD.values(), ids=BAD)
+def test_attention_fn_refuses(changes, error, message):
+    with pytest.raises(error, match=message):
+        jax.eval_shape(lambda: attention_fn(**(ARRAYS | changes)))
+
+
+@in_each_framework
+@pytest.mark.parametrize(
+    ("fields", "call", "message"),
+    [
+        ({}, {"mask": np.ones((LENGTH, LENGTH), bool)}, "^mask must be None"),
+        ({"dropout_rate": 0.25, "deterministic": False}, {}, "^dropout_rate must be 0"),
+        ({}, {"sow_weights": True}, "^module must be None"),
+    ],
+)
+def test_flax_modules_pass_the_refusal_on(framework, fields, call, message):
+    params = flax_attention(framework).params
+    random_bits = {"dropout_rng": jax.random.key(0)} if framework == "linen" else {"rngs": flax.nnx.Rngs(0)}
+    layer = flax_attention(framework, attention_fn=attention_fn, deterministic=True)
+    assert layer.apply(params, random(LENGTH, FEATURES)).shape == (LENGTH, FEATURES)
+    with pytest.raises(NotImplementedError, match=message):
+        if framework == "linen":
+            module = flax.linen.MultiHeadDotProductAttention(HEADS, attention_fn=attention_fn, **fields)
+            module.init(jax.random.key(0), random(LENGTH, FEATURES), **random_bits, **call)
+        else:
+            module = flax.nnx.MultiHeadAttention(
+                HEADS, FEATURES, attention_fn=attention_fn, decode=False, rngs=flax.nnx.Rngs(0), **fields
+            )
+            module(random(LENGTH, FEATURES), **random_bits, **call)
+
+
+# FlashAttention
+
+
+def by_hand(params, x, *, dtype, low=None, **arguments):
+    """The module's arithmetic from its parameters, with the definition of attention."""
+    params, x = jax.tree.map(lambda x: x.astype(dtype), (params, x))
+
+    def projected(name):
+        return jnp.einsum("...f,fhd->...hd", x, params[name]["kernel"]) + params[name].get("bias", 0)
+
+    call = Call(projected("query"), projected("key"), projected("value"), **arguments)
+    out, lse = reference.forward(*canonical.canonical(call), low)
+    out = canonical.restore(call, out, lse)
+    return jnp.einsum("...hd,hdf->...f", out, params["out"]["kernel"]) + params["out"].get("bias", 0)
+
+
+MODULES = {
+    "plain": {},
+    "gqa-causal": {"num_kv_heads": 2, "causal": True},
+    "mqa-window-softcap": {"num_kv_heads": 1, "window_size": (3, 2), "softcap": 2.0},
+    "no-bias": {"use_bias": False, "out_features": 20},
+    "head-dim": {"num_heads": 6, "head_dim": None, "num_kv_heads": 3},
+}
+LAYOUTS = ("dense", "used", "packed")
+LENGTHS = (7, 0, 13, 5)
+
+
+@on_each_kernel
+@in_each_framework
+@pytest.mark.parametrize(
+    ("fields", "layout"),
+    [pytest.param(fields, layout, id=f"{name}-{layout}") for name, fields in MODULES.items() for layout in LAYOUTS],
+)
+def test_module_is_the_definition(kernel, dtype, framework, fields, layout):
+    layer = flash_attention(framework, implementation=kernel, dtype=dtype, **fields)
+    x = random(3, LENGTH, FEATURES)
+    call, split = {}, lambda by: by
+    options = {name: fields[name] for name in ("causal", "window_size", "softcap") if name in fields}
+    if layout == "used":
+        call = {"seqused": np.array([4, LENGTH, 0], np.int32)}
+        options |= {"seqused_q": call["seqused"], "seqused_k": call["seqused"]}
+    if layout == "packed":
+        x = random(sum(LENGTHS), FEATURES)
+        bounds = np.cumsum([0, *LENGTHS]).astype(np.int32)
+        call = {"cu_seqlens": bounds}
+
+        def split(by):
+            """Each sequence alone."""
+            parts = list(zip(bounds, bounds[1:], strict=False))
+            return lambda params, x: jnp.concatenate([by(params, x[None, a:b])[0] for a, b in parts])
+
+    low = functools.partial(by_hand, dtype=dtype, low=low_precision(dtype), **options)
+    truth = functools.partial(by_hand, dtype="float64", **options)
+    check_layer(functools.partial(layer.apply, **call), split(low), split(truth), varied(layer.params), x, dtype)
+
+
+@in_each_framework
+def test_parameters_are_those_of_flax(framework):
+    ours, flaxs = flash_attention(framework).params, flax_attention(framework).params
+    jax.tree.map(np.testing.assert_array_equal, ours, flaxs)
+
+
+@in_each_framework
+@pytest.mark.parametrize(
+    ("fields", "message"),
+    [
+        ({"num_heads": 6, "num_kv_heads": 4}, "num_heads must be a positive multiple of num_kv_heads, got 6 and 4"),
+        ({"num_heads": 0}, "num_heads must be a positive multiple of num_kv_heads, got 0 and 0"),
+        ({"num_heads": 5, "head_dim": None}, "head_dim must be given where .* got 5 heads and 48 features"),
+    ],
+)
+def test_module_refuses_fields(framework, fields, message):
+    with pytest.raises(ValueError, match=message):
+        flash_attention(framework, **fields)
+
+
+@in_each_framework
+@pytest.mark.parametrize(
+    ("shape", "call", "message"),
+    [
+        ((2, 3, 5, FEATURES), {}, r"x must have shape .* got shape \(2, 3, 5, 48\)"),
+        ((5, FEATURES), {}, r"cu_seqlens must be given for packed x of shape \(5, 48\), got None"),
+        ((3, 5, FEATURES), {"cu_seqlens": np.arange(4, dtype=np.int32)}, r"cu_seqlens is for packed x .* \(3, 5, 48\)"),
+    ],
+)
+def test_module_refuses_arguments(framework, shape, call, message):
+    layer = flash_attention(framework)
+    with pytest.raises(ValueError, match=message):
+        layer.apply(layer.params, np.ones(shape, np.float32), **call)
+
+
+# Imports
+
+
+def run(program):
+    return subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True).stdout.split()
+
+
+def test_attention_fn_imports_no_flax():
+    program = """
+import sys, jax_flash.nn
+jax_flash.nn.attention_fn
+print("flax" in sys.modules)
+jax_flash.nn.linen, jax_flash.nn.nnx
+print("flax" in sys.modules)
+"""
+    assert run(program) == ["False", "True"]
+
+
+@in_each_framework
+def test_missing_flax_says_how_to_install_it(monkeypatch, framework):
+    monkeypatch.setitem(sys.modules, "flax", None)
+    monkeypatch.delitem(sys.modules, f"jax_flash.nn.{framework}", raising=False)
+    monkeypatch.delattr(jax_flash.nn, framework, raising=False)
+    with pytest.raises(ImportError, match=rf"jax_flash.nn.{framework} needs flax; .* pip install 'jax-flash\[flax\]'"):
+        getattr(jax_flash.nn, framework)
+
+
+def test_nn_has_no_other_name():
+    with pytest.raises(AttributeError, match=r"module 'jax_flash.nn' has no attribute 'haiku'"):
+        jax_flash.nn.haiku  # noqa: B018
