@@ -22,7 +22,7 @@ _BASE_REGISTERS = {2: 36, 3: 32}
 """What a consumer thread takes besides output, scores, P and product, by consumers of a CTA: found by compiling."""
 _FEATURE_REGISTERS = {"packed_q": 4, "packed_k": 4, "window_left": 4, "softcap": 11}
 """What features add to that, found in the same way."""
-_FP8_REGISTERS = 9
+_FP8_REGISTERS = 8
 """And the conversion of P to e4m3."""
 
 def padded_head_dim(head_dim: int) -> int:
@@ -64,10 +64,7 @@ def candidates(fixed: dict) -> Iterator[KernelSpec]:
     is_fp8 = element_bytes(fixed["element"]) == 1
     dim_v = fixed["head_dim_v"]
     # FP8 adds each product in float32, so a wide one can be multiplied in pieces through one small accumulator.
-    pieces = [dim_v]
-    if is_fp8:
-        # 16 columns are slow, but all that leaves room for an output of 256 columns and every feature.
-        pieces += [v for v in (96, 64, 32) if dim_v % v == 0 and v < dim_v] + [16] * (dim_v == 256)
+    pieces = [dim_v // n for n in (1, 2, 4, 8, 16) if dim_v // n >= 16] if is_fp8 else [dim_v]
     step = 32 if is_fp8 else 16
     for consumers, tile_n, tile_v in itertools.product((2, 3), range(step, 257, step), pieces):
         tiling = {"tile_m": 64 * consumers, "tile_n": tile_n, "tile_v": tile_v, "stages": 2}

@@ -1,8 +1,9 @@
-"""The Flax layer: `attention_fn` in Flax's own modules against Flax's own attention, and the `FlashAttention` modules."""
+"""The Flax layer: `attention_fn` in Flax's modules against Flax's own attention, and the `FlashAttention` modules."""
 
 from __future__ import annotations
 
 import functools
+import itertools
 import subprocess
 import sys
 from collections.abc import Callable
@@ -33,39 +34,35 @@ in_each_framework = pytest.mark.parametrize("framework", FRAMEWORKS)
 
 
 class Layer(NamedTuple):
-    """A module of either framework as plain functions: apply(params, x, ..), params of the form {name: {kernel, bias}}."""
+    """A module of either framework as a plain function: apply(params, x, ..), where params[name] has kernel and bias."""
 
     params: Any
     apply: Callable[..., Any]
 
 
-def linen_layer(module, x) -> Layer:
-    variables = module.init(jax.random.key(0), x)
+def linen_layer(module, batch) -> Layer:
+    rngs = {"params": jax.random.key(0), "dropout": jax.random.key(1)}
+    variables = module.init(rngs, jnp.ones((*batch, LENGTH, FEATURES)))
     return Layer(variables["params"], lambda params, x, **arguments: module.apply({"params": params}, x, **arguments))
 
 
 def nnx_layer(module) -> Layer:
-    graph, state = flax.nnx.split(module)
-
-    def apply(params, x, **arguments):
-        flax.nnx.replace_by_pure_dict(state, params)
-        return flax.nnx.merge(graph, state)(x, **arguments)
-
-    return Layer(flax.nnx.to_pure_dict(state), apply)
+    graph, params, others = flax.nnx.split(module, flax.nnx.Param, ...)
+    return Layer(params, lambda params, x, **arguments: flax.nnx.merge(graph, params, others)(x, **arguments))
 
 
 def flax_attention(framework, **fields) -> Layer:
     """Flax's own multi-head module."""
     fields = {"qkv_features": HEADS * HEAD_DIM, **fields}
     if framework == "linen":
-        return linen_layer(flax.linen.MultiHeadDotProductAttention(HEADS, **fields), jnp.ones((LENGTH, FEATURES)))
+        return linen_layer(flax.linen.MultiHeadDotProductAttention(HEADS, **fields), BATCH)
     return nnx_layer(flax.nnx.MultiHeadAttention(HEADS, FEATURES, decode=False, rngs=flax.nnx.Rngs(0), **fields))
 
 
 def flash_attention(framework, **fields) -> Layer:
     fields = {"num_heads": HEADS, "head_dim": HEAD_DIM, **fields}
     if framework == "linen":
-        return linen_layer(jax_flash.nn.linen.FlashAttention(**fields), jnp.ones((*BATCH, FEATURES)))
+        return linen_layer(jax_flash.nn.linen.FlashAttention(**fields), BATCH[:1])
     return nnx_layer(jax_flash.nn.nnx.FlashAttention(in_features=FEATURES, rngs=flax.nnx.Rngs(0), **fields))
 
 
@@ -93,7 +90,7 @@ def check_layer(apply, by_low, by_truth, params, x, dtype) -> None:
     assert result["out"].dtype == dtype
     with jax.enable_x64(True):
         wide = jax.tree.map(lambda x: jnp.asarray(x, jnp.float64), (params, x))
-        truth = results(by_truth, *wide)
+        truth = jax.tree.map(np.asarray, results(by_truth, *wide))
 
     def check(path, *leaves):
         check_close(jax.tree_util.keystr(path), *leaves, factor=4 if dtype == "float32" else 2)
@@ -105,7 +102,6 @@ def check_layer(apply, by_low, by_truth, params, x, dtype) -> None:
 
 
 MASKS = {
-    "full": ({}, {}, {}),
     "causal": ({"causal": True}, {}, {"mask": np.tril(np.ones((LENGTH, LENGTH), bool))}),
     "window": (
         {"window_size": (3, 2)},
@@ -183,10 +179,11 @@ def test_attention_fn_casts_as_flax_does(dtypes, dtype, expected):
     assert out.dtype == flax.linen.dot_product_attention(*arrays, dtype=dtype).dtype == expected
 
 
-def test_attention_fn_drops_nothing_when_deterministic():
+@in_each_framework
+def test_attention_fn_drops_nothing_when_deterministic(framework):
     x = random(*BATCH, LENGTH, FEATURES)
-    plain = flax_attention("linen", attention_fn=attention_fn)
-    dropping = flax_attention("linen", attention_fn=attention_fn, dropout_rate=0.5, deterministic=True)
+    plain = flax_attention(framework, attention_fn=attention_fn)
+    dropping = flax_attention(framework, attention_fn=attention_fn, dropout_rate=0.5, deterministic=True)
     np.testing.assert_array_equal(plain.apply(plain.params, x), dropping.apply(plain.params, x))
 
 
@@ -253,19 +250,12 @@ def test_attention_fn_refuses(changes, error, message):
     ],
 )
 def test_flax_modules_pass_the_refusal_on(framework, fields, call, message):
-    params = flax_attention(framework).params
-    random_bits = {"dropout_rng": jax.random.key(0)} if framework == "linen" else {"rngs": flax.nnx.Rngs(0)}
-    layer = flax_attention(framework, attention_fn=attention_fn, deterministic=True)
-    assert layer.apply(params, random(LENGTH, FEATURES)).shape == (LENGTH, FEATURES)
+    def attend():
+        layer = flax_attention(framework, attention_fn=attention_fn, **fields)
+        layer.apply(layer.params, random(*BATCH, LENGTH, FEATURES), **call)
+
     with pytest.raises(NotImplementedError, match=message):
-        if framework == "linen":
-            module = flax.linen.MultiHeadDotProductAttention(HEADS, attention_fn=attention_fn, **fields)
-            module.init(jax.random.key(0), random(LENGTH, FEATURES), **random_bits, **call)
-        else:
-            module = flax.nnx.MultiHeadAttention(
-                HEADS, FEATURES, attention_fn=attention_fn, decode=False, rngs=flax.nnx.Rngs(0), **fields
-            )
-            module(random(LENGTH, FEATURES), **random_bits, **call)
+        attend()
 
 
 # FlashAttention
@@ -275,53 +265,56 @@ def by_hand(params, x, *, dtype, low=None, **arguments):
     """The module's arithmetic from its parameters, with the definition of attention."""
     params, x = jax.tree.map(lambda x: x.astype(dtype), (params, x))
 
+    def parameter(name, which):
+        return params[name][which][...] if which in params[name] else 0
+
     def projected(name):
-        return jnp.einsum("...f,fhd->...hd", x, params[name]["kernel"]) + params[name].get("bias", 0)
+        return jnp.einsum("...f,fhd->...hd", x, parameter(name, "kernel")) + parameter(name, "bias")
 
     call = Call(projected("query"), projected("key"), projected("value"), **arguments)
     out, lse = reference.forward(*canonical.canonical(call), low)
     out = canonical.restore(call, out, lse)
-    return jnp.einsum("...hd,hdf->...f", out, params["out"]["kernel"]) + params["out"].get("bias", 0)
+    return jnp.einsum("...hd,hdf->...f", out, parameter("out", "kernel")) + parameter("out", "bias")
 
 
-MODULES = {
-    "plain": {},
-    "gqa-causal": {"num_kv_heads": 2, "causal": True},
-    "mqa-window-softcap": {"num_kv_heads": 1, "window_size": (3, 2), "softcap": 2.0},
-    "no-bias": {"use_bias": False, "out_features": 20},
-    "head-dim": {"num_heads": 6, "head_dim": None, "num_kv_heads": 3},
-}
-LAYOUTS = ("dense", "used", "packed")
-LENGTHS = (7, 0, 13, 5)
+LENGTHS = (7, 0, 13)
+BOUNDS = np.cumsum([0, *LENGTHS]).astype(np.int32)
+USED = np.array([4, LENGTH, 0], np.int32)
+
+
+def each_alone(by):
+    """What `by` gives for packed x: each sequence as a dense batch of its own."""
+    return lambda params, x: jnp.concatenate([by(params, x[None, a:b])[0] for a, b in itertools.pairwise(BOUNDS)])
 
 
 @on_each_kernel
 @in_each_framework
 @pytest.mark.parametrize(
-    ("fields", "layout"),
-    [pytest.param(fields, layout, id=f"{name}-{layout}") for name, fields in MODULES.items() for layout in LAYOUTS],
+    ("fields", "call"),
+    [
+        pytest.param({"num_kv_heads": 2, "causal": True}, {"cu_seqlens": BOUNDS}, id="gqa-causal-packed"),
+        pytest.param(
+            {"num_kv_heads": 1, "window_size": (3, 2), "softcap": 2.0}, {"seqused": USED}, id="mqa-window-used"
+        ),
+        pytest.param({"num_heads": 6, "head_dim": None, "num_kv_heads": 3, "causal": True}, {}, id="head-dim-causal"),
+        pytest.param({"use_bias": False, "out_features": 20}, {"cu_seqlens": BOUNDS}, id="no-bias-packed"),
+    ],
 )
-def test_module_is_the_definition(kernel, dtype, framework, fields, layout):
-    layer = flash_attention(framework, implementation=kernel, dtype=dtype, **fields)
-    x = random(3, LENGTH, FEATURES)
-    call, split = {}, lambda by: by
+def test_module_is_the_definition(kernel, dtype, framework, fields, call):
+    packed = "cu_seqlens" in call
     options = {name: fields[name] for name in ("causal", "window_size", "softcap") if name in fields}
-    if layout == "used":
-        call = {"seqused": np.array([4, LENGTH, 0], np.int32)}
-        options |= {"seqused_q": call["seqused"], "seqused_k": call["seqused"]}
-    if layout == "packed":
-        x = random(sum(LENGTHS), FEATURES)
-        bounds = np.cumsum([0, *LENGTHS]).astype(np.int32)
-        call = {"cu_seqlens": bounds}
-
-        def split(by):
-            """Each sequence alone."""
-            parts = list(zip(bounds, bounds[1:], strict=False))
-            return lambda params, x: jnp.concatenate([by(params, x[None, a:b])[0] for a, b in parts])
-
+    options |= {name: call["seqused"] for name in ("seqused_q", "seqused_k") if "seqused" in call}
     low = functools.partial(by_hand, dtype=dtype, low=low_precision(dtype), **options)
     truth = functools.partial(by_hand, dtype="float64", **options)
-    check_layer(functools.partial(layer.apply, **call), split(low), split(truth), varied(layer.params), x, dtype)
+    layer = flash_attention(framework, implementation=kernel, dtype=dtype, **fields)
+    check_layer(
+        functools.partial(layer.apply, **call),
+        each_alone(low) if packed else low,
+        each_alone(truth) if packed else truth,
+        varied(layer.params),
+        random(sum(LENGTHS), FEATURES) if packed else random(len(USED), LENGTH, FEATURES),
+        dtype,
+    )
 
 
 @in_each_framework

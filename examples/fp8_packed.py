@@ -1,0 +1,43 @@
+"""FP8 attention over packed sequences of very different lengths, each head of each sequence with a scale of its own."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+import jax_flash
+
+HEADS, HEAD_DIM = 16, 128
+
+# 84 sequences lie one after another, 5040 tokens in all: 0, 64, 128, ..., 5040.
+lengths = np.array([64, 64, *(38 + i % 5 for i in range(80)), 1680, 32])
+cu_seqlens = jnp.asarray(np.concatenate([[0], np.cumsum(lengths)]), jnp.int32)
+sequence = np.repeat(np.arange(len(lengths)), lengths)  # of each token
+
+
+def to_fp8(x):
+    """x as FP8, and what one unit of it is worth, for each sequence and head."""
+    largest = jax.ops.segment_max(jnp.abs(x).max(axis=-1), sequence, len(lengths))
+    descale = largest / float(jnp.finfo(jnp.float8_e4m3fn).max)
+    return (x / descale[sequence][:, :, None]).astype(jnp.float8_e4m3fn), descale
+
+
+@jax.jit
+def attend(q, k, v, cu_seqlens):
+    (q, q_descale), (k, k_descale), (v, v_descale) = to_fp8(q), to_fp8(k), to_fp8(v)
+    arguments = {
+        "cu_seqlens_q": cu_seqlens,
+        "cu_seqlens_k": cu_seqlens,
+        "q_descale": q_descale,
+        "k_descale": k_descale,
+        "v_descale": v_descale,
+    }
+    out = jax_flash.attention(q, k, v, **arguments, max_seqlen_q=1680, max_seqlen_k=1680)
+    return out, jax_flash.reference.attention(q, k, v, **arguments, out_dtype=jnp.float32)
+
+
+keys = jax.random.split(jax.random.key(0), 3)
+q, k, v = (jax.random.normal(key, (5040, HEADS, HEAD_DIM)) for key in keys)
+out, expected = attend(q, k, v, cu_seqlens)
+error = jnp.abs(out - expected).max()
+print(f"{out.dtype} {out.shape} on {out.device.device_kind}: at most {error:.1e} from the reference")
+assert error < 0.05
