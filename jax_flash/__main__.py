@@ -1,4 +1,4 @@
-"""python -m jax_flash: runs three cases on the best device here against the definition; `info`: what is installed here."""
+"""python -m jax_flash: three cases on the best device here, against the definition; with `info`, what is installed."""
 
 from __future__ import annotations
 
@@ -187,7 +187,8 @@ def print_info() -> None:
     print(f"NVRTC: {jit.why_no_nvrtc() or jit.compiler_version()}")
     for device in jax.devices():
         capability = getattr(device, "compute_capability", None)
-        print(f"device {device.id}: {device.device_kind}" + (f", compute capability {capability}" if capability else ""))
+        words = f"{device.device_kind}, compute capability {capability}" if capability else device.device_kind
+        print(f"device {device.id}: {words}")
     why_not = launch.why_no_cuda()
     other = "cpu" if jax.default_backend() == "cpu" else "xla"
     print(f"implementation: {other}, not cuda: {why_not}" if why_not else "implementation: cuda")

@@ -1,4 +1,4 @@
-"""What can be known of the CUDA kernels without a GPU: how they are chosen, written and compiled, and what ptxas reports.
+"""What is known of the CUDA kernels without a GPU: how they are chosen, written, compiled, and what ptxas reports.
 
 A spill or a serialised wgmma costs most of a kernel's speed and changes no result, so no other test sees it.
 """

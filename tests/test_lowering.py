@@ -1,0 +1,80 @@
+"""Lowering for a platform that is not here: a kernel is compiled and its call written without a GPU."""
+
+from __future__ import annotations
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from cases import Case
+
+import jax_flash
+from jax_flash import jit, launch, primitive
+
+CUDA_CALL = "jax_flash_cuda_launch"
+CPU_CALL = "jax_flash_cpu_forward"
+
+
+@pytest.fixture(autouse=True)
+def no_gpu(monkeypatch):
+    """As on a machine without a GPU, and with no warning given yet."""
+    devices = jax.devices
+
+    def without_cuda(backend=None):
+        if backend == "cuda":
+            raise RuntimeError("no GPU")
+        return devices(backend)
+
+    monkeypatch.setattr(jax, "devices", without_cuda)
+    primitive._warn_reference.cache_clear()
+
+
+def lowered(platform: str, case: Case, **more) -> str:
+    """The module that calls `attention` with a case's arguments, as text."""
+    arguments = case.arguments() | more
+    arrays = {name: x for name, x in arguments.items() if isinstance(x, np.ndarray)}
+    static = {name: x for name, x in arguments.items() if name not in arrays}
+    function = jax.jit(lambda arrays: jax_flash.attention(**arrays, **static))
+    return function.trace(arrays).lower(lowering_platforms=(platform,)).as_text()
+
+
+@pytest.mark.parametrize("packed", [False, True])
+@pytest.mark.parametrize("dtype", ["float16", "bfloat16", "float8_e4m3fn"])
+def test_cuda_calls_a_kernel(dtype, packed):
+    case = Case(id="cuda", dtype=dtype, packed_q=packed, packed_k=packed, causal=True)
+    text = lowered("cuda", case)
+    assert text.count(f"custom_call @{CUDA_CALL}") == 1
+    assert CPU_CALL not in text
+
+
+def test_cuda_differentiates_what_it_computed():
+    case = Case(id="gradient", causal=True, return_lse=False)
+    arrays = {name: case.arguments()[name] for name in ("q", "k", "v")}
+    gradient = jax.jit(jax.grad(lambda arrays: jax_flash.attention(**arrays, causal=True).astype(jnp.float32).sum()))
+    text = gradient.trace(arrays).lower(lowering_platforms=("cuda",)).as_text()
+    assert text.count(f"custom_call @{CUDA_CALL}") == 1
+
+
+def test_cpu_calls_its_handler():
+    text = lowered("cpu", Case(id="cpu", causal=True))
+    assert text.count(f"custom_call @{CPU_CALL}") == 1
+    assert CUDA_CALL not in text
+
+
+def test_float32_runs_as_plain_jnp_on_cuda():
+    with pytest.warns(UserWarning, match="runs as plain jnp here: the CUDA kernels take .*, not float32"):
+        text = lowered("cuda", Case(id="float32", dtype="float32"))
+    assert "jax_flash" not in text.replace("jit_jax_flash", "")
+
+
+def test_missing_nvrtc_runs_as_plain_jnp_on_cuda(monkeypatch):
+    monkeypatch.setattr(jit, "why_no_nvrtc", lambda: "NVRTC is missing.")
+    with pytest.warns(UserWarning, match="runs as plain jnp here: NVRTC is missing"):
+        assert CUDA_CALL not in lowered("cuda", Case(id="no-nvrtc"))
+
+
+@pytest.mark.parametrize(("named", "platform"), [("cpu", "cuda"), ("cuda", "cpu")])
+def test_named_implementation_refuses_another_platform(monkeypatch, named, platform):
+    monkeypatch.setattr(launch, "why_no_cuda", lambda: None)
+    with pytest.raises(ValueError, match=f"'{named}' cannot run here: .* compiled for platform {platform}"):
+        lowered(platform, Case(id="named"), implementation=named)
