@@ -69,7 +69,9 @@ def main() -> None:
     rows = []
     for number, row in enumerate(SUITES[suite], 1):
         seconds = measure(row)
-        rows.append({"row": str(row), "tflops": {k: row.flops / t / 1e12 for k, t in seconds.items()}, "seconds": seconds})
+        rows.append(
+            {"row": str(row), "tflops": {k: row.flops / t / 1e12 for k, t in seconds.items()}, "seconds": seconds}
+        )
         cells = "  ".join(f"{name} {row.flops / t / 1e12:8.3g} TFLOP/s" for name, t in seconds.items())
         print(f"[{number}/{len(SUITES[suite])}] {row!s:36} {cells}", flush=True)
     folder = pathlib.Path(__file__).parent / "results"

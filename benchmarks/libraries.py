@@ -1,7 +1,7 @@
 """Who is measured: jax_flash and its peers, each as a function from a row to a timer, or None where it cannot run it.
 
-A timer runs a burst of calls and gives the time of each, in seconds. On a GPU that is kernel time, by CUPTI for JAX and by
-CUDA events for PyTorch; on the CPU it is wall time.
+A timer runs a burst of calls and gives the time of each, in seconds. On a GPU that is kernel time, by CUPTI for JAX
+and by CUDA events for PyTorch; on the CPU it is wall time.
 """
 
 from __future__ import annotations
@@ -32,7 +32,9 @@ def on_gpu() -> bool:
 def inputs(row: Row) -> list[jax.Array]:
     """q, k and v of a row, the same for every library."""
     shape = (row.batch, row.length, row.heads, row.head_dim)
-    return [jax.random.normal(key, shape, jnp.float32).astype(row.dtype) for key in jax.random.split(jax.random.key(0), 3)]
+    return [
+        jax.random.normal(key, shape, jnp.float32).astype(row.dtype) for key in jax.random.split(jax.random.key(0), 3)
+    ]
 
 
 def jax_timer(function, row: Row) -> Timer:

@@ -2,6 +2,8 @@
 // nothing of attention: grid, shared memory, tensor maps and parameters all come as attributes (jax_flash/launch.py).
 //
 // XLA captures Launch into a CUDA graph, so it neither synchronises, copies from the host nor allocates.
+#include "cuda.h"
+
 #include <dlfcn.h>
 
 #include <algorithm>
@@ -12,7 +14,6 @@
 #include <string>
 #include <string_view>
 
-#include "cuda.h"
 #include "ffi/handlers.h"
 #include "ffi/params_attr.h"
 #include "ffi/status.h"
@@ -44,8 +45,7 @@ struct LaunchAttributes {
 
 }  // namespace jax_flash
 
-XLA_FFI_REGISTER_STRUCT_ATTR_DECODING(jax_flash::LaunchAttributes,
-                                      StructMember<ffi::Span<const uint8_t>>("cubin"),
+XLA_FFI_REGISTER_STRUCT_ATTR_DECODING(jax_flash::LaunchAttributes, StructMember<ffi::Span<const uint8_t>>("cubin"),
                                       StructMember<std::string_view>("entry"),
                                       StructMember<ffi::Span<const int64_t>>("tensor_maps"),
                                       StructMember<int64_t>("max_grid"), StructMember<int64_t>("threads"),
@@ -84,8 +84,8 @@ struct Driver {
       missing = std::string("the CUDA driver, libcuda.so.1, cannot be opened: ") + dlerror();
       return;
     }
-#define JAX_FLASH_FIND(function)                                                      \
-  function = reinterpret_cast<decltype(function)>(dlsym(library, #function));         \
+#define JAX_FLASH_FIND(function)                                              \
+  function = reinterpret_cast<decltype(function)>(dlsym(library, #function)); \
   if (function == nullptr) missing = "the CUDA driver is too old: it lacks " #function;
     JAX_FLASH_DRIVER_FUNCTIONS(JAX_FLASH_FIND)
 #undef JAX_FLASH_FIND
@@ -166,7 +166,8 @@ struct Pointers {
 
 Status EncodeMap(const TensorMapRecord& record, void* data, CUtensorMap* map) {
   const bool one_byte = record.element_bytes == 1;
-  const CUtensorMapSwizzle swizzle = record.swizzle_bytes == 128 ? CU_TENSOR_MAP_SWIZZLE_128B : CU_TENSOR_MAP_SWIZZLE_32B;
+  const CUtensorMapSwizzle swizzle =
+      record.swizzle_bytes == 128 ? CU_TENSOR_MAP_SWIZZLE_128B : CU_TENSOR_MAP_SWIZZLE_32B;
   std::array<cuuint64_t, TensorMapRecord::kRank> dims;
   std::array<cuuint64_t, TensorMapRecord::kRank - 1> strides;
   std::array<cuuint32_t, TensorMapRecord::kRank> box, element_strides;
@@ -181,12 +182,13 @@ Status EncodeMap(const TensorMapRecord& record, void* data, CUtensorMap* map) {
   return Status::Ok();
 }
 
-Status LaunchKernel(CUstream stream, const LoadedKernel& loaded, ffi::RemainingArgs operands, ffi::RemainingRets results,
-                    const LaunchAttributes& attributes) {
+Status LaunchKernel(CUstream stream, const LoadedKernel& loaded, ffi::RemainingArgs operands,
+                    ffi::RemainingRets results, const LaunchAttributes& attributes) {
   Pointers pointers = {};
   if (operands.size() + results.size() > kMaxPointers) return Status::InvalidArgument("too many operands and results");
   int count = 0;
-  for (size_t i = 0; i < operands.size(); ++i) pointers.pointers[count++] = operands.get<ffi::AnyBuffer>(i)->untyped_data();
+  for (size_t i = 0; i < operands.size(); ++i)
+    pointers.pointers[count++] = operands.get<ffi::AnyBuffer>(i)->untyped_data();
   for (size_t i = 0; i < results.size(); ++i) {
     pointers.pointers[count++] = (*results.get<ffi::AnyBuffer>(i))->untyped_data();
   }

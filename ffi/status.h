@@ -27,10 +27,10 @@ class [[nodiscard]] Status {
 };
 
 // Leaves the surrounding function, which returns Status, with the first failure.
-#define RETURN_IF_ERROR(expression)                    \
-  do {                                                 \
-    ::jax_flash::Status status_ = (expression);        \
-    if (!status_.ok()) return status_;                 \
+#define RETURN_IF_ERROR(expression)             \
+  do {                                          \
+    ::jax_flash::Status status_ = (expression); \
+    if (!status_.ok()) return status_;          \
   } while (false)
 
 }  // namespace jax_flash

@@ -3,7 +3,11 @@
 from __future__ import annotations
 
 import importlib
+import pkgutil
 from typing import Any
+
+# In a clone `python -m jax_flash` finds these sources first, and the compiled module lies with the installed ones.
+__path__ = pkgutil.extend_path(__path__, __name__)
 
 from jax_flash import reference
 from jax_flash.api import attention

@@ -49,8 +49,11 @@ def _spec_header(spec: KernelSpec) -> str:
 
 
 def _wgmma_header(spec: KernelSpec) -> str:
-    return '#include "hopper/types.cuh"\nnamespace jax_flash {\n' + _wgmma(spec, "ss", spec.tile_n) + (
-        _wgmma(spec, "rs", spec.tile_v) + "}\n"
+    return (
+        '#include "hopper/types.cuh"\nnamespace jax_flash {\n'
+        + _wgmma(spec, "ss", spec.tile_n)
+        + _wgmma(spec, "rs", spec.tile_v)
+        + "}\n"
     )
 
 
@@ -65,7 +68,7 @@ def _wgmma(spec: KernelSpec, sources: str, n: int) -> str:
     accumulators = ", ".join(f"%{i}" for i in range(count))
     if sources == "ss":
         template, parameters = "u32 kHighA, u32 kHighB", "u32 a, u32 b"
-        operand_a, inputs = "a", f'"r"(a), "n"(kHighA), "r"(b), "n"(kHighB), "r"((int)accumulate)'
+        operand_a, inputs = "a", '"r"(a), "n"(kHighA), "r"(b), "n"(kHighB), "r"((int)accumulate)'
         setup = f"mov.b64 a, {{%{count}, %{count + 1}}};\\nmov.b64 b, {{%{count + 2}, %{count + 3}}};\\n"
         predicate = count + 4
         transposes = "" if is_fp8 else ", 0, 0"

@@ -25,6 +25,7 @@ _FEATURE_REGISTERS = {"packed_q": 4, "packed_k": 4, "window_left": 4, "softcap":
 _FP8_REGISTERS = 8
 """And the conversion of P to e4m3."""
 
+
 def padded_head_dim(head_dim: int) -> int:
     """The head dim of the kernel that serves `head_dim`."""
     return next(d for d in HEAD_DIMS if d >= head_dim)

@@ -71,7 +71,7 @@ def why_no_cuda() -> str | None:
 
 
 def why_not_served(operands: Operands) -> str | None:
-    """Why no CUDA kernel serves a call, or None. Lowering for CUDA on a machine without a GPU assumes capability 9.0."""
+    """Why no CUDA kernel serves a call, or None. Lowering for CUDA where there is no GPU assumes capability 9.0."""
     if operands.q.dtype == jnp.float32:
         return "the CUDA kernels take float16, bfloat16 and float8_e4m3fn, not float32."
     try:
@@ -83,7 +83,9 @@ def why_not_served(operands: Operands) -> str | None:
 
 def _why_not_capability(devices) -> str | None:
     capability = devices[0].compute_capability
-    return None if capability == "9.0" else f"the GPU has compute capability {capability}; the kernels need 9.0 (Hopper)."
+    return (
+        None if capability == "9.0" else f"the GPU has compute capability {capability}; the kernels need 9.0 (Hopper)."
+    )
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True, slots=True)
@@ -189,7 +191,7 @@ def forward_cuda(attention: Attention, operands: Operands):
 
 
 def _max_tiles(spec: KernelSpec, params: Params) -> int:
-    """No call has more tiles than this: each sequence, and the rows around them in a group, may end in a partial one."""
+    """No call has more tiles: each sequence, and the rows around them in a group, may end in a partial one."""
     whole = params.q_groups * -(-params.q_rows // spec.tile_m)
     partial = params.batch + params.q_groups if spec.packed_q else 0
     return params.heads * (whole + partial)

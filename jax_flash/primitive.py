@@ -1,4 +1,4 @@
-"""The JAX primitives forward_p and backward_p: abstract evaluation, lowering by platform, batching; and the gradient."""
+"""The JAX primitives forward_p and backward_p: abstract evaluation, batching and lowering; and the gradient."""
 
 from __future__ import annotations
 
@@ -8,6 +8,7 @@ import warnings
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax.extend import core
 from jax.interpreters import batching, mlir
 
@@ -96,37 +97,41 @@ _SHARED = ("scale", "v_scale", "sinks")
 """Operands whose leading axis may be 1 and then stands for every sequence."""
 
 
-def _fold(x, axis, size, shared_by):
-    """Moves a mapped axis of `x` (None: broadcasts one) to the front and folds it into the leading axis.
+def _batch(primitive, arrays, axes, *, attention: Attention):
+    size = next(x.shape[axis] for x, axis in zip(arrays, axes, strict=True) if axis is not None)
+    one = [
+        x if axis is None else jax.ShapeDtypeStruct(np.delete(x.shape, axis), x.dtype)
+        for x, axis in zip(arrays, axes, strict=True)
+    ]
+    batch = Operands(*one[: len(Operands._fields)]).batch
+    names = (*Operands._fields, "dout", "lse", "delta")
+    folded = [
+        _fold(x, axis, size, batch if name in _SHARED else None)
+        for name, x, axis in zip(names, arrays, axes, strict=False)
+    ]
+    results = primitive.bind(*folded, attention=attention)
+    # An empty result, the LSE that nobody asked for, has no axis to map.
+    return [x.reshape(size, -1, *x.shape[1:]) if x.size else x for x in results], [
+        0 if x.size else None for x in results
+    ]
 
-    With `shared_by` = B, a leading 1 is either kept, when nothing is mapped, or spread over the B sequences.
+
+def _fold(x, axis, size, batch):
+    """Folds a mapped axis of `x` into its leading axis, after broadcasting `x` where none is mapped (None).
+
+    With `batch`, a leading 1 serves that many sequences: it stays where nothing is mapped and else is spread over them.
     """
     if x.size == 0:
         return x
     if axis is None:
-        if shared_by and x.shape[0] == 1:
+        if batch and x.shape[0] == 1:
             return x
         x = jnp.broadcast_to(x, (size, *x.shape))
     else:
         x = jnp.moveaxis(x, axis, 0)
-    if shared_by and x.shape[1] == 1:
-        x = jnp.broadcast_to(x, (size, shared_by, *x.shape[2:]))
+    if batch and x.shape[1] == 1:
+        x = jnp.broadcast_to(x, (size, batch, *x.shape[2:]))
     return x.reshape(-1, *x.shape[2:])
-
-
-def _batch(primitive, arrays, axes, *, attention: Attention):
-    size = next(x.shape[axis] for x, axis in zip(arrays, axes, strict=True) if axis is not None)
-    names = (*Operands._fields, "dout", "lse", "delta")[: len(arrays)]
-    one = dict(zip(names, (x if axis is None else jax.eval_shape(lambda x, axis=axis: jnp.take(x, 0, axis), x)
-                           for x, axis in zip(arrays, axes, strict=True)), strict=True))
-    batch = Operands(*[one[name] for name in Operands._fields]).batch
-    folded = [
-        _fold(x, axis, size, batch if name in _SHARED else None)
-        for name, x, axis in zip(names, arrays, axes, strict=True)
-    ]
-    results = primitive.bind(*folded, attention=attention)
-    unfolded = [x.reshape(size, -1, *x.shape[1:]) if x.size else x for x in results]
-    return unfolded, [0 if x.size else batching.not_mapped for x in results]
 
 
 # Lowering.
@@ -157,13 +162,13 @@ def _forward_elsewhere(*arrays, attention: Attention):
 
 
 def _backward_cpu(*arrays, attention: Attention):
-    *arrays, dout, lse, delta = arrays
-    return launch.backward_cpu(attention, Operands(*arrays), dout, lse, delta)
+    *operands, dout, lse, delta = arrays
+    return launch.backward_cpu(attention, Operands(*operands), dout, lse, delta)
 
 
 def _backward_elsewhere(*arrays, attention: Attention):
-    *arrays, dout, lse, delta = arrays
-    return reference.backward(attention, Operands(*arrays), dout, lse, delta)
+    *operands, dout, lse, delta = arrays
+    return reference.backward(attention, Operands(*operands), dout, lse, delta)
 
 
 def _for(platform, function):

@@ -162,8 +162,10 @@ def test_no_sequences(implementation):
 def test_defect_6_fp8_with_wider_values_writes_every_column(kernel, head_dim_v):
     case = Case(id="wide", dtype="float8_e4m3fn", head_dim=48, head_dim_v=head_dim_v)
     arguments = case.arguments() | {"v": np.ones((3, 53, 2, head_dim_v), case.arguments()["v"].dtype)}
-    out, _ = run(arguments, implementation=kernel)
-    np.testing.assert_allclose(np.asarray(out, np.float32), 1, atol=2**-8)
+    out, lse = run(arguments, implementation=kernel)
+    # Each column is an average of ones, but for the rounding of probabilities to e4m3.
+    np.testing.assert_allclose(np.asarray(out, np.float32), 1, atol=2**-4)
+    check(arguments, out, lse)
 
 
 @pytest.mark.gpu

@@ -15,8 +15,8 @@ from jax_flash import canonical, reference
 from jax_flash.spec import Call
 
 LSE_TOLERANCE = 1e-3
-FP8_LSE_TOLERANCE = 2**-12
-"""Of the largest: Hopper's tensor cores add FP8 products in about 14 bits, so that is how exact a score can be."""
+FP8_LSE_TOLERANCE = 2**-11
+"""Of the largest: Hopper's tensor cores add FP8 products in about 14 bits and truncate, so a score is no more exact."""
 
 
 def run(arguments: dict, **more):
@@ -70,7 +70,7 @@ def check(arguments: dict, out, lse=None) -> None:
 
 
 def check_lse(lse, truth, of_largest: float = 0) -> None:
-    """Checks a log-sum-exp: -inf where the truth is, elsewhere within LSE_TOLERANCE or `of_largest` times the largest."""
+    """Checks a log-sum-exp: -inf where the truth is, elsewhere within 1e-3 or `of_largest` times the largest."""
     lse = np.asarray(lse)
     np.testing.assert_array_equal(np.isneginf(lse), np.isneginf(truth), err_msg="rows of lse that are -inf")
     seen = ~np.isneginf(truth)

@@ -18,8 +18,8 @@ __device__ __forceinline__ void store2(void* out, i64 offset, float low, float h
   }
 }
 
-__device__ __forceinline__ void store_rows(const Tile& tile, const Params& params, const Operands& operands, int warpgroup,
-                                           const Output& o, const float (&factor)[kRowsPerThread],
+__device__ __forceinline__ void store_rows(const Tile& tile, const Params& params, const Operands& operands,
+                                           int warpgroup, const Output& o, const float (&factor)[kRowsPerThread],
                                            const float (&lse)[kRowsPerThread]) {
 #pragma unroll
   for (int r = 0; r < kRowsPerThread; ++r) {

@@ -1,5 +1,5 @@
-// Forward attention on compute capability 9.0. One CTA per SM walks over tiles of kTileM query rows of one head: the first
-// warpgroup loads Q, K and V by TMA, each further one computes 64 of the rows.
+// Forward attention on compute capability 9.0. One CTA per SM walks over tiles of kTileM query rows of one head: the
+// first warpgroup loads Q, K and V by TMA, each further one computes 64 of the rows.
 #include "epilogue.cuh"
 #include "hopper/warp.cuh"
 #include "load.cuh"
@@ -39,7 +39,8 @@ __device__ __forceinline__ void consume(SharedStorage& shared, const Operands& o
     const KeyRange range = key_range(tile, params);
     const int sequence = max(tile.sequence, 0);
     const int kv_head = tile.head / (params.heads / params.kv_heads);
-    const float scale = __ldg(operands.scale + sequence * params.scale_batch_stride + tile.head * params.scale_head_stride);
+    const float scale =
+        __ldg(operands.scale + sequence * params.scale_batch_stride + tile.head * params.scale_head_stride);
     const float v_scale =
         __ldg(operands.v_scale + sequence * params.v_scale_batch_stride + kv_head * params.v_scale_head_stride);
     float sink = 0.0f;

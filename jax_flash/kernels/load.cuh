@@ -1,7 +1,7 @@
 // Load: the tiles of Q, K and V in shared memory, the barriers around them, and the producer that fills them.
 //
-// Rows of 128 bytes, swizzled: Q is [column block][kTileM][128 bytes], K and 16-bit V are [column block][kTileN][128 bytes].
-// FP8 V comes transposed, [block of 32 keys][kHeadDimV][32 bytes], because wgmma wants both FP8 operands K-major.
+// Rows of 128 bytes, swizzled: Q is [column block][kTileM][128 bytes], K and 16-bit V [column block][kTileN][128 bytes].
+// FP8 V comes transposed, [block of 32 keys][kHeadDimV][32 bytes]: wgmma wants both FP8 operands K-major.
 #pragma once
 
 #include "hopper/barrier.cuh"
@@ -23,7 +23,8 @@ constexpr int kVKeyBlock = 32;  // keys, and bytes, of one box of transposed V
 constexpr int kQBytes = kQkBlocks * spec::kTileM * kSwizzleBytes;
 constexpr int kKBytes = kQkBlocks * spec::kTileN * kSwizzleBytes;
 constexpr int kVBytes = kFp8 ? spec::kTileN * spec::kHeadDimV : kVBlocks * spec::kTileN * kSwizzleBytes;
-static_assert(kQBytes % 1024 == 0 && kKBytes % 1024 == 0 && kVBytes % 1024 == 0, "each buffer begins where swizzling does");
+static_assert(kQBytes % 1024 == 0 && kKBytes % 1024 == 0 && kVBytes % 1024 == 0,
+              "each buffer begins where swizzling does");
 
 constexpr int kConsumers = spec::kTileM / kWarpgroupRows;
 constexpr int kConsumerThreads = kConsumers * kWarpgroupSize;
@@ -97,8 +98,8 @@ struct Producer {
     pipe.empty.wait(ring.phase ^ 1);
     pipe.full.arrive_expect(kKBytes);
     for (int i = 0; i < kQkBlocks; ++i) {
-      tma_load(shared.k[ring.slot] + i * spec::kTileN * kSwizzleBytes, maps.k, pipe.full, i * kBlockColumns, row, kv_head,
-               tile.kv_group);
+      tma_load(shared.k[ring.slot] + i * spec::kTileN * kSwizzleBytes, maps.k, pipe.full, i * kBlockColumns, row,
+               kv_head, tile.kv_group);
     }
   }
 
@@ -121,8 +122,8 @@ struct Producer {
   }
 };
 
-// Zeroes the values of keys outside [first, last) of a block in shared memory: their probability is 0, but 0 * NaN is NaN,
-// and they may belong to another sequence. The consumers share the work; `thread` is one of kConsumerThreads.
+// Zeroes the values of keys outside [first, last) of a block in shared memory: their probability is 0, but 0 * NaN is
+// NaN, and they may belong to another sequence. The consumers share the work; `thread` is one of kConsumerThreads.
 __device__ __forceinline__ void clear_values(u8* v, int first, int last, int thread) {
   if constexpr (kFp8) {
     // 16 bytes hold 16 keys of one column, word q the keys 2q, 2q + 1, 2q + 8, 2q + 9; swizzling swaps whole halves.

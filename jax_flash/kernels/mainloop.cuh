@@ -1,7 +1,7 @@
 // Main loop of a consumer warpgroup: 64 rows of Q against a range of key blocks, from the last to the first.
 //
-// The scores of block j are issued to the tensor cores ahead of the values of block j + 1, and the softmax of block j runs
-// while those are multiplied. Warpgroups take turns to issue, so that one's softmax meets the other's products.
+// The scores of block j are issued to the tensor cores ahead of the values of block j + 1, and the softmax of block j
+// runs while those are multiplied. Warpgroups take turns to issue, so that one's softmax meets the other's products.
 #pragma once
 
 #include "fragment.cuh"
@@ -14,9 +14,9 @@
 
 namespace jax_flash {
 
-// Named barriers of a CTA; 0 is __syncthreads.
-constexpr int kTurnBarrier = 1;  // and one for each further consumer
-constexpr int kWarpgroupBarrier = kTurnBarrier + kConsumers;  // and one for each further consumer
+// Named barriers of a CTA; 0 is __syncthreads. Of turns and of warpgroups there is one for each consumer.
+constexpr int kTurnBarrier = 1;
+constexpr int kWarpgroupBarrier = kTurnBarrier + kConsumers;
 constexpr int kConsumerBarrier = kWarpgroupBarrier + kConsumers;
 
 // k steps of wgmma are 32 bytes in either type.
@@ -32,11 +32,14 @@ constexpr u32 kVDescriptor = kFp8 ? descriptor_high(256, Swizzle::k32Bytes) : de
 constexpr int kVLeadingBytes = kFp8 ? 16 : spec::kTileN * kSwizzleBytes;
 constexpr int kVStepBytes = kFp8 ? spec::kHeadDimV * kVKeyBlock : 16 * kSwizzleBytes;
 
-// PV is multiplied in pieces of kTileV columns. Hopper's FP8 tensor cores keep about 14 bits in their accumulator, so an FP8
-// product of one block goes to a fresh accumulator and is added to the output in float32; 16-bit adds up in place.
+// PV is multiplied in pieces of kTileV columns. Hopper's FP8 tensor cores keep about 14 bits in their accumulator, so
+// an FP8 product of one block goes to a fresh accumulator and is added to the output in float32; 16-bit adds up in
+// place.
 constexpr int kPieces = spec::kHeadDimV / spec::kTileV;
-constexpr int kPieceBytes = kFp8 ? spec::kTileV * kVKeyBlock : spec::kTileV / kBlockColumns * spec::kTileN * kSwizzleBytes;
-static_assert(kPieces * spec::kTileV == spec::kHeadDimV && (kFp8 || kPieces == 1), "16-bit values are multiplied whole");
+constexpr int kPieceBytes =
+    kFp8 ? spec::kTileV * kVKeyBlock : spec::kTileV / kBlockColumns * spec::kTileN * kSwizzleBytes;
+static_assert(kPieces * spec::kTileV == spec::kHeadDimV && (kFp8 || kPieces == 1),
+              "16-bit values are multiplied whole");
 
 using Scores = float[spec::kTileN / 2];
 using Piece = float[spec::kTileV / 2];
@@ -58,7 +61,8 @@ class Consumer {
   }
 
   // `o` becomes the sum of P V, not yet divided by the row sums in `softmax`.
-  __device__ __forceinline__ void run(const Tile& tile, const KeyRange& range, float scale, Output& o, Softmax& softmax) {
+  __device__ __forceinline__ void run(const Tile& tile, const KeyRange& range, float scale, Output& o,
+                                      Softmax& softmax) {
     scale_log2_ = scale_in_base_2(scale, params_);
     scale_over_softcap_ = fabsf(scale) / params_.softcap;
 

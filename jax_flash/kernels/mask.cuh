@@ -7,8 +7,8 @@
 namespace jax_flash {
 
 template <int kColumns>
-__device__ __forceinline__ void mask(float (&s)[kColumns / 2], const Tile& tile, const KeyRange& range, const Params& params,
-                                     int warpgroup, int block) {
+__device__ __forceinline__ void mask(float (&s)[kColumns / 2], const Tile& tile, const KeyRange& range,
+                                     const Params& params, int warpgroup, int block) {
 #pragma unroll
   for (int r = 0; r < kRowsPerThread; ++r) {
     const int q_index = tile.q_index + warpgroup * kWarpgroupRows + fragment_row(r);

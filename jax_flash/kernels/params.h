@@ -5,24 +5,24 @@
 // head_dim or head_dim_v). A dense group is one sequence; a packed group holds several, cut by cu_seqlens.
 #pragma once
 
-#define JAX_FLASH_PARAMS(X)                                                                      \
-  X(int, batch)                 /* sequences in all groups */                                    \
-  X(int, heads)                 /* query heads */                                                \
-  X(int, kv_heads)              /* key/value heads; divides heads */                             \
-  X(int, head_dim)              /* of Q and K */                                                 \
-  X(int, head_dim_v)            /* of V and the output */                                        \
-  X(int, q_groups)              /* equals batch unless Q is packed */                            \
-  X(int, q_rows)                /* query rows of one group */                                    \
-  X(int, kv_groups)             /* equals batch unless K and V are packed */                     \
-  X(int, kv_rows)               /* key rows of one group */                                      \
-  X(int, scale_batch_stride)    /* strides of scale (B or 1, H or 1) in elements; */             \
-  X(int, scale_head_stride)     /* 0 where one entry serves all */                               \
-  X(int, v_scale_batch_stride)  /* of v_scale (B or 1, Hk or 1) */                               \
-  X(int, v_scale_head_stride)                                                                    \
-  X(int, sinks_batch_stride)    /* of sinks (B or 1, H) */                                       \
-  X(int, window_left)           /* keys seen before a query's own position; -1: all */           \
-  X(int, window_right)          /* keys seen after it; -1: all, 0: causal */                     \
-  X(float, softcap)             /* score = softcap * tanh(score / softcap); 0: off */
+#define JAX_FLASH_PARAMS(X)                                                         \
+  X(int, batch)                /* sequences in all groups */                        \
+  X(int, heads)                /* query heads */                                    \
+  X(int, kv_heads)             /* key/value heads; divides heads */                 \
+  X(int, head_dim)             /* of Q and K */                                     \
+  X(int, head_dim_v)           /* of V and the output */                            \
+  X(int, q_groups)             /* equals batch unless Q is packed */                \
+  X(int, q_rows)               /* query rows of one group */                        \
+  X(int, kv_groups)            /* equals batch unless K and V are packed */         \
+  X(int, kv_rows)              /* key rows of one group */                          \
+  X(int, scale_batch_stride)   /* strides of scale (B or 1, H or 1) in elements; */ \
+  X(int, scale_head_stride)    /* 0 where one entry serves all */                   \
+  X(int, v_scale_batch_stride) /* of v_scale (B or 1, Hk or 1) */                   \
+  X(int, v_scale_head_stride)                                                       \
+  X(int, sinks_batch_stride) /* of sinks (B or 1, H) */                             \
+  X(int, window_left)        /* keys seen before a query's own position; -1: all */ \
+  X(int, window_right)       /* keys seen after it; -1: all, 0: causal */           \
+  X(float, softcap)          /* score = softcap * tanh(score / softcap); 0: off */
 
 namespace jax_flash {
 

@@ -1,9 +1,9 @@
-// Schedule: which rows of which head a CTA works on next, and which keys they see. Every warp of a CTA walks the same tiles
-// by itself, so nothing is handed over; tile t of a CTA is t = blockIdx.x, + gridDim.x, + 2 * gridDim.x, ...
+// Schedule: which rows of which head a CTA works on next, and which keys they see. Every warp of a CTA walks the same
+// tiles by itself, so nothing is handed over; tile t of a CTA is t = blockIdx.x, + gridDim.x, + 2 * gridDim.x, ...
 //
-// Heads are worked on in sections whose keys and values stay in the L2 cache together. Under a causal mask the tiles of the
-// first section come from the shortest to the longest or the reverse, those of the next the other way, and of the last from
-// the longest to the shortest: so lengths rise and fall along t, and every CTA gets its share of long tiles.
+// Heads are worked on in sections whose keys and values stay in the L2 cache together. Under a causal mask the tiles of
+// the first section come from the shortest to the longest or the reverse, those of the next the other way, and of the
+// last from the longest to the shortest: so lengths rise and fall along t, and every CTA gets its share of long tiles.
 //
 // Index arrays are read as they are defined for all platforms: the boundaries of a group are the running maximum of its
 // cu_seqlens, clamped to [0, rows], and lengths are clamped to the sequence. So no value leads outside a buffer, and
@@ -20,15 +20,15 @@ namespace jax_flash {
 // kTileM rows of Q of one head.
 struct Tile {
   int head;
-  int sequence;   // -1: rows of no sequence, whose output is zero
-  int q_group;    // where the rows lie: group,
-  int q_row;      // first row in it,
-  int rows;       // and how many of them are this tile's to write
-  int q_index;    // position of the first row in its sequence
-  int q_len;      // used rows of the sequence
-  int kv_group;   // where its keys lie: group,
-  int kv_row;     // first row in it,
-  int kv_len;     // and how many of them are used
+  int sequence;  // -1: rows of no sequence, whose output is zero
+  int q_group;   // where the rows lie: group,
+  int q_row;     // first row in it,
+  int rows;      // and how many of them are this tile's to write
+  int q_index;   // position of the first row in its sequence
+  int q_len;     // used rows of the sequence
+  int kv_group;  // where its keys lie: group,
+  int kv_row;    // first row in it,
+  int kv_len;    // and how many of them are used
 };
 
 __device__ __forceinline__ int clamp(int x, int low, int high) { return max(low, min(x, high)); }
@@ -93,8 +93,8 @@ class Schedule {
     return true;
   }
 
-  // A group of n sequences is n + 2 segments of rows: before the first, the sequences, after the last. A warp looks at 32
-  // segments at a time and remembers where it stands, as later tiles never lie further back.
+  // A group of n sequences is n + 2 segments of rows: before the first, the sequences, after the last. A warp looks at
+  // 32 segments at a time and remembers where it stands, as later tiles never lie further back.
   __device__ __forceinline__ bool find_packed(Tile& tile) {
     const int sequences = params_.batch / params_.q_groups;
     const int segments = params_.q_groups * (sequences + 2);
@@ -159,18 +159,18 @@ class Schedule {
   const Operands& operands_;
   const Params& params_;
   int index_;
-  int section_ = 1;         // pairs of a section,
-  int sections_ = 1;        // and how many sections there are
-  int window_ = 0;          // first segment of the 32 that the warp looks at,
-  int window_row_ = 0;      // where it begins, counted over all groups,
-  int window_tiles_ = 0;    // and the tiles before it
+  int section_ = 1;       // pairs of a section,
+  int sections_ = 1;      // and how many sections there are
+  int window_ = 0;        // first segment of the 32 that the warp looks at,
+  int window_row_ = 0;    // where it begins, counted over all groups,
+  int window_tiles_ = 0;  // and the tiles before it
 };
 
 // The keys that a tile sees, as blocks of kTileN, counted from `origin_row`.
 struct KeyRange {
-  int origin_row;   // in the group
-  int lead;         // keys between the origin and the sequence's first key; they are masked
-  int begin, end;   // blocks that some row sees
+  int origin_row;            // in the group
+  int lead;                  // keys between the origin and the sequence's first key; they are masked
+  int begin, end;            // blocks that some row sees
   int full_begin, full_end;  // of these, the ones that every row sees whole
 
   __device__ __forceinline__ bool empty() const { return begin >= end; }

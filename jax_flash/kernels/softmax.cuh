@@ -23,8 +23,8 @@ struct Softmax {
     }
   }
 
-  // Turns scores into probabilities 2^(scale * (s - max)) and tells by what to multiply what was summed up before. Only a
-  // masked block can leave a row without any key.
+  // Turns scores into probabilities 2^(scale * (s - max)) and tells by what to multiply what was summed up before. Only
+  // a masked block can leave a row without any key.
   template <bool kMasked, int kCount>
   __device__ __forceinline__ void update(float (&s)[kCount], float scale_log2, float (&rescale)[kRowsPerThread]) {
 #pragma unroll
@@ -49,8 +49,8 @@ struct Softmax {
     }
   }
 
-  // Ends the rows: `factor` is what the accumulated output is multiplied by, `lse` the natural log-sum-exp. A sink is one
-  // more logit in the sum, with no value.
+  // Ends the rows: `factor` is what the accumulated output is multiplied by, `lse` the natural log-sum-exp. A sink is
+  // one more logit in the sum, with no value.
   __device__ __forceinline__ void finish(float scale_log2, float sink, float (&factor)[kRowsPerThread],
                                          float (&lse)[kRowsPerThread]) {
 #pragma unroll

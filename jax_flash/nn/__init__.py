@@ -74,11 +74,12 @@ def attention_fn(
       dtype: what query, key and value are cast to; the dtype that they promote to unless given.
       precision: has no effect.
       module: must be None: attention weights are never in memory, so none can be sown.
-      is_causal: Flax's own causal mask, which goes from the first query and key on; needs Sq == Sk.
+      is_causal: Flax's own causal mask, which lines up the first query with the first key; needs Sq == Sk, and both
+        or none of seqused_q and seqused_k.
       force_fp32_for_softmax: has no effect.
       qk_attn_weights_einsum: must be None.
       attn_weights_value_einsum: must be None.
-      causal: query i sees keys j <= i + Sk - Sq; with Sq == Sk the same as `is_causal`.
+      causal: query i sees keys j <= i + Sk - Sq, with the used lengths; where these are equal it is `is_causal`.
       window_size: as in `jax_flash.attention`; so are softcap, softmax_scale, sinks and implementation.
       softcap: see window_size.
       softmax_scale: see window_size.
@@ -115,6 +116,12 @@ def attention_fn(
         raise NotImplementedError(
             f"is_causal needs as many queries as keys, got {q_len} and {kv_len}: Flax lines up the first query with "
             f"the first key, kernels here the last with the last; say causal=True if that is meant."
+        )
+    if is_causal and (seqused_q is None) != (seqused_k is None):
+        given, missing = ("seqused_k", "seqused_q") if seqused_q is None else ("seqused_q", "seqused_k")
+        raise NotImplementedError(
+            f"is_causal needs {missing} where {given} is given, got None: kernels here line up the last used query "
+            f"with the last used key."
         )
     dtype = jnp.result_type(query, key, value) if dtype is None else dtype
 

@@ -43,7 +43,9 @@ struct Barrier {
 };
 
 // Makes initialised mbarriers visible to TMA; __syncthreads must follow.
-__device__ __forceinline__ void fence_barrier_init() { asm volatile("fence.mbarrier_init.release.cluster;" ::: "memory"); }
+__device__ __forceinline__ void fence_barrier_init() {
+  asm volatile("fence.mbarrier_init.release.cluster;" ::: "memory");
+}
 
 // Waits until `threads` threads have synced with or arrived at the named barrier.
 __device__ __forceinline__ void named_sync(int barrier, int threads) {

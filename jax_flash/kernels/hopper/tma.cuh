@@ -16,11 +16,11 @@ __device__ __forceinline__ void tma_prefetch(const TensorMap& map) {
 
 // Copies the map's box at these coordinates, innermost first; what lies outside the tensor arrives as zeros, and its
 // bytes count for the barrier all the same.
-__device__ __forceinline__ void tma_load(void* destination, const TensorMap& map, Barrier& barrier, int c0, int c1, int c2,
-                                         int c3) {
+__device__ __forceinline__ void tma_load(void* destination, const TensorMap& map, Barrier& barrier, int c0, int c1,
+                                         int c2, int c3) {
   asm volatile(
-      "cp.async.bulk.tensor.4d.shared::cluster.global.mbarrier::complete_tx::bytes [%0], [%1, {%3, %4, %5, %6}], [%2];" ::"r"(
-          shared_address(destination)),
+      "cp.async.bulk.tensor.4d.shared::cluster.global.mbarrier::complete_tx::bytes [%0], [%1, {%3, %4, %5, %6}], "
+      "[%2];" ::"r"(shared_address(destination)),
       "l"(&map), "r"(shared_address(&barrier)), "r"(c0), "r"(c1), "r"(c2), "r"(c3)
       : "memory");
 }

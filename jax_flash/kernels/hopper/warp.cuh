@@ -14,19 +14,6 @@ __device__ __forceinline__ int lane_index() { return threadIdx.x % kWarpSize; }
 // The same in all lanes, and known to be so by the compiler.
 __device__ __forceinline__ int warp_index() { return __shfl_sync(kAllLanes, threadIdx.x / kWarpSize, 0); }
 
-// True in exactly one lane of a converged warp.
-__device__ __forceinline__ bool elect_one() {
-  u32 elected;
-  asm volatile(
-      "{\n"
-      ".reg .pred p;\n"
-      "elect.sync _|p, 0xffffffff;\n"
-      "selp.u32 %0, 1, 0, p;\n"
-      "}"
-      : "=r"(elected));
-  return elected != 0;
-}
-
 template <int kRegisters>
 __device__ __forceinline__ void grow_registers() {
   static_assert(kRegisters % 8 == 0 && kRegisters >= 24 && kRegisters <= 256, "setmaxnreg takes multiples of 8");
@@ -40,7 +27,9 @@ __device__ __forceinline__ void shrink_registers() {
 }
 
 // Makes this thread's writes to shared memory visible to TMA and wgmma; a barrier among the threads must follow.
-__device__ __forceinline__ void fence_shared_for_async() { asm volatile("fence.proxy.async.shared::cta;" ::: "memory"); }
+__device__ __forceinline__ void fence_shared_for_async() {
+  asm volatile("fence.proxy.async.shared::cta;" ::: "memory");
+}
 
 // Reductions over the 4 lanes that share an accumulator row.
 __device__ __forceinline__ float quad_max(float x) {

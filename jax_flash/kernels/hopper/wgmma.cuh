@@ -1,5 +1,5 @@
-// wgmma: ordering and operand descriptors. The multiply instructions themselves, for the shapes in use, are generated into
-// wgmma.h by codegen.py.
+// wgmma: ordering and operand descriptors. The multiply instructions themselves, for the shapes in use, are generated
+// into wgmma.h by codegen.py.
 #pragma once
 
 #include "hopper/barrier.cuh"
@@ -26,10 +26,10 @@ __device__ __forceinline__ void fence_registers(float (&registers)[kCount]) {
   for (int i = 0; i < kCount; ++i) asm volatile("" : "+f"(registers[i])::"memory");
 }
 
-enum class Swizzle : u32 { k128Bytes = 1, k64Bytes = 2, k32Bytes = 3 };
+enum class Swizzle : u32 { k128Bytes = 1, k32Bytes = 3 };
 
-// The descriptor of a matrix in shared memory. Its high word (stride between groups of 8 rows, swizzle) is a constant; its
-// low word (address, leading stride) moves through the tile by `advance`.
+// The descriptor of a matrix in shared memory. Its high word (stride between groups of 8 rows, swizzle) is a constant;
+// its low word (address, leading stride) moves through the tile by `advance`.
 __device__ constexpr u32 descriptor_high(int stride_bytes, Swizzle swizzle) {
   return static_cast<u32>(stride_bytes >> 4) | static_cast<u32>(swizzle) << 30;
 }
