@@ -80,7 +80,7 @@ def check_lse(lse, truth, of_largest: float = 0) -> None:
 
 def check_close(name: str, result, low, truth, factor: float) -> None:
     """The rule: `result` and the same-precision `low` are of one dtype, `truth` is more precise."""
-    result, low = np.asarray(result), np.asarray(low)
+    result, low, truth = np.asarray(result), np.asarray(low), np.asarray(truth)
     assert result.shape == truth.shape == low.shape, f"{name}: shapes {result.shape}, {low.shape}, {truth.shape}"
     if not result.size:
         return

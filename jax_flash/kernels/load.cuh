@@ -1,7 +1,7 @@
 // Load: the tiles of Q, K and V in shared memory, the barriers around them, and the producer that fills them.
 //
-// Rows of 128 bytes, swizzled: Q is [column block][kTileM][128 bytes], K and 16-bit V [column block][kTileN][128 bytes].
-// FP8 V comes transposed, [block of 32 keys][kHeadDimV][32 bytes]: wgmma wants both FP8 operands K-major.
+// Rows of 128 bytes, swizzled: Q is [column block][kTileM][128 bytes], K and 16-bit V [column block][kTileN][128
+// bytes]. FP8 V comes transposed, [block of 32 keys][kHeadDimV][32 bytes]: wgmma wants both FP8 operands K-major.
 #pragma once
 
 #include "hopper/barrier.cuh"
