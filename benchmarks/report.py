@@ -31,7 +31,7 @@ def table(path: pathlib.Path) -> str:
 
 def _cell(tflops: float | None, best: float) -> str:
     if tflops is None:
-        return "–"
+        return "-"
     number = f"{tflops:.0f}" if tflops >= 10 else f"{tflops:.3f}"
     return f"**{number}**" if tflops == best else number
 
@@ -40,7 +40,8 @@ def main() -> None:
     """Rewrites README.md."""
     tables = [table(path) for path in sorted((ROOT / "benchmarks" / "results").glob("*.json"))]
     readme = ROOT / "README.md"
-    readme.write_text(MARKS.sub(lambda match: match[1] + "\n" + "\n".join(tables) + "\n" + match[2], readme.read_text()))
+    body = "\n" + "\n".join(tables) + "\n"
+    readme.write_text(MARKS.sub(lambda match: match[1] + body + match[2], readme.read_text()))
 
 
 if __name__ == "__main__":

@@ -28,7 +28,7 @@ MODULES = (
 KERNEL_FILES = (
     ("epilogue.cuh", "load.cuh", "mainloop.cuh", "schedule.cuh"),
     ("fragment.cuh", "mask.cuh", "softmax.cuh"),
-    ("operands.cuh",),
+    ("operands.cuh", "tile.cuh"),
     ("params.h", "spec.h", "wgmma.h"),
 )
 

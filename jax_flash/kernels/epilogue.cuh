@@ -4,8 +4,8 @@
 #include "fragment.cuh"
 #include "mainloop.cuh"
 #include "operands.cuh"
-#include "schedule.cuh"
 #include "softmax.cuh"
+#include "tile.cuh"
 
 namespace jax_flash {
 

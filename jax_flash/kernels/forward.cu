@@ -8,6 +8,7 @@
 #include "params.h"
 #include "schedule.cuh"
 #include "softmax.cuh"
+#include "tile.cuh"
 
 namespace jax_flash {
 

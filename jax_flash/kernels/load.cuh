@@ -4,12 +4,14 @@
 // bytes]. FP8 V comes transposed, [block of 32 keys][kHeadDimV][32 bytes]: wgmma wants both FP8 operands K-major.
 #pragma once
 
+#include "fragment.cuh"
 #include "hopper/barrier.cuh"
 #include "hopper/tma.cuh"
+#include "hopper/warp.cuh"
 #include "operands.cuh"
 #include "params.h"
-#include "schedule.cuh"
 #include "spec.h"
+#include "tile.cuh"
 
 namespace jax_flash {
 

@@ -2,7 +2,7 @@
 #pragma once
 
 #include "fragment.cuh"
-#include "schedule.cuh"
+#include "tile.cuh"
 
 namespace jax_flash {
 

@@ -1,5 +1,5 @@
-// Schedule: which rows of which head a CTA works on next, and which keys they see. Every warp of a CTA walks the same
-// tiles by itself, so nothing is handed over; tile t of a CTA is t = blockIdx.x, + gridDim.x, + 2 * gridDim.x, ...
+// Schedule: which tile a CTA works on next. Every warp of a CTA walks the same tiles by itself, so nothing is handed
+// over: those of CTA c are t = c, c + gridDim.x, c + 2 * gridDim.x, ...
 //
 // Heads are worked on in sections whose keys and values stay in the L2 cache together. Under a causal mask the tiles of
 // the first section come from the shortest to the longest or the reverse, those of the next the other way, and of the
@@ -14,22 +14,9 @@
 #include "operands.cuh"
 #include "params.h"
 #include "spec.h"
+#include "tile.cuh"
 
 namespace jax_flash {
-
-// kTileM rows of Q of one head.
-struct Tile {
-  int head;
-  int sequence;  // -1: rows of no sequence, whose output is zero
-  int q_group;   // where the rows lie: group,
-  int q_row;     // first row in it,
-  int rows;      // and how many of them are this tile's to write
-  int q_index;   // position of the first row in its sequence
-  int q_len;     // used rows of the sequence
-  int kv_group;  // where its keys lie: group,
-  int kv_row;    // first row in it,
-  int kv_len;    // and how many of them are used
-};
 
 __device__ __forceinline__ int clamp(int x, int low, int high) { return max(low, min(x, high)); }
 
@@ -165,44 +152,5 @@ class Schedule {
   int window_row_ = 0;    // where it begins, counted over all groups,
   int window_tiles_ = 0;  // and the tiles before it
 };
-
-// The keys that a tile sees, as blocks of kTileN, counted from `origin_row`.
-struct KeyRange {
-  int origin_row;            // in the group
-  int lead;                  // keys between the origin and the sequence's first key; they are masked
-  int begin, end;            // blocks that some row sees
-  int full_begin, full_end;  // of these, the ones that every row sees whole
-
-  __device__ __forceinline__ bool empty() const { return begin >= end; }
-};
-
-// Keys that row `q_index` of the sequence sees: [first, last), as if every row of the sequence were used.
-__device__ __forceinline__ int first_key(const Tile& tile, const Params& params, int q_index) {
-  if constexpr (!spec::kWindowLeft) return 0;
-  return max(0, q_index + tile.kv_len - tile.q_len - params.window_left);
-}
-
-__device__ __forceinline__ int last_key(const Tile& tile, const Params& params, int q_index) {
-  if constexpr (!spec::kWindowRight) return tile.kv_len;
-  return min(tile.kv_len, q_index + tile.kv_len - tile.q_len + params.window_right + 1);
-}
-
-__device__ __forceinline__ KeyRange key_range(const Tile& tile, const Params& params) {
-  KeyRange range{};
-  const int top = tile.q_index;
-  const int bottom = min(top + spec::kTileM, tile.q_len) - 1;
-  const int last = last_key(tile, params, bottom);
-  const int first = first_key(tile, params, top);
-  if (bottom < top || last <= first) return range;
-  // Transposed FP8 values keep 16 keys in the order of P's registers, so their blocks begin at multiples of 16 rows.
-  if constexpr (spec::kKeyAlignment > 1) range.lead = tile.kv_row % spec::kKeyAlignment;
-  range.origin_row = tile.kv_row - range.lead;
-  range.begin = (first + range.lead) / spec::kTileN;
-  range.end = (last + range.lead + spec::kTileN - 1) / spec::kTileN;
-  const int whole_from = first_key(tile, params, bottom) + range.lead;
-  range.full_begin = (whole_from + spec::kTileN - 1) / spec::kTileN;
-  range.full_end = max(0, last_key(tile, params, top) + range.lead) / spec::kTileN;
-  return range;
-}
 
 }  // namespace jax_flash
