@@ -121,17 +121,21 @@ const ffi::TypeInfo kLoadedKernelInfo = ffi::MakeTypeInfo<LoadedKernel>();
 
 // The driver kills the process over a truncated image, so its length is checked against its own ELF header first.
 Status CheckImage(ffi::Span<const uint8_t> cubin) {
-  constexpr size_t kHeaderBytes = 64, kSectionTable = 40, kSectionSize = 58, kSectionCount = 60;
+  constexpr size_t kHeaderBytes = 64;
   if (cubin.size() < kHeaderBytes || std::memcmp(cubin.begin(), "\177ELF", 4) != 0) {
     return Status::InvalidArgument("the kernel image is not an ELF file");
   }
-  uint64_t table;
-  uint16_t size, count;
-  std::memcpy(&table, cubin.begin() + kSectionTable, sizeof(table));
-  std::memcpy(&size, cubin.begin() + kSectionSize, sizeof(size));
-  std::memcpy(&count, cubin.begin() + kSectionCount, sizeof(count));
-  if (table > cubin.size() || uint64_t{size} * count > cubin.size() - table) {
-    return Status::InvalidArgument("the kernel image is truncated");
+  // Program headers, then section headers: where the table's offset, the size of an entry and their number stand.
+  constexpr size_t kTables[2][3] = {{32, 54, 56}, {40, 58, 60}};
+  for (const auto& [offset_at, size_at, count_at] : kTables) {
+    uint64_t offset;
+    uint16_t size, count;
+    std::memcpy(&offset, cubin.begin() + offset_at, sizeof(offset));
+    std::memcpy(&size, cubin.begin() + size_at, sizeof(size));
+    std::memcpy(&count, cubin.begin() + count_at, sizeof(count));
+    if (offset > cubin.size() || uint64_t{size} * count > cubin.size() - offset) {
+      return Status::InvalidArgument("the kernel image is truncated");
+    }
   }
   return Status::Ok();
 }

@@ -36,7 +36,7 @@ def element_bytes(element: str) -> int:
     return 1 if element == "float8_e4m3fn" else 2
 
 
-def choose(
+def ranked(
     *,
     element: str,
     out: str,
@@ -45,8 +45,8 @@ def choose(
     window_left: int,
     window_right: int,
     **features: bool,
-) -> KernelSpec:
-    """The best legal KernelSpec for a call; `features` are the remaining flags of KernelSpec."""
+) -> list[KernelSpec]:
+    """The legal KernelSpecs of a call, the best first; `features` are the remaining flags of KernelSpec."""
     fixed = {
         "element": element,
         "out": out,
@@ -57,7 +57,7 @@ def choose(
         "window_right": window_right != UNBOUNDED,
         **features,
     }
-    return min(filter(legal, candidates(fixed)), key=cost)
+    return sorted(filter(legal, candidates(fixed)), key=cost)
 
 
 def candidates(fixed: dict) -> Iterator[KernelSpec]:
@@ -67,7 +67,9 @@ def candidates(fixed: dict) -> Iterator[KernelSpec]:
     # FP8 adds each product in float32, so a wide one can be multiplied in pieces through one small accumulator.
     pieces = [dim_v // n for n in (1, 2, 4, 8, 16) if dim_v // n >= 16] if is_fp8 else [dim_v]
     step = 32 if is_fp8 else 16
-    for consumers, tile_n, tile_v in itertools.product((2, 3), range(step, 257, step), pieces):
+    # A diagonal wastes half of each masked block, which narrower steps make smaller.
+    widest = 128 if fixed["window_left"] or fixed["window_right"] else 256
+    for consumers, tile_n, tile_v in itertools.product((2, 3), range(step, widest + 1, step), pieces):
         tiling = {"tile_m": 64 * consumers, "tile_n": tile_n, "tile_v": tile_v, "stages": 2}
         producer, consumer = register_split(fixed, consumers)
         yield KernelSpec(
@@ -121,18 +123,12 @@ def legal(spec: KernelSpec) -> bool:
     if spec.shared_bytes > SHARED_LIMIT or registers > spec.consumer_registers:
         return False
     # With three consumers only 32 registers are left to the producer.
-    if consumers == 3 and _finds_bounds(dataclasses.asdict(spec)):
-        return False
-    # The buffers of transposed V begin at multiples of 1024 bytes.
-    return not is_fp8 or spec.tile_n * spec.head_dim_v % 1024 == 0
+    return consumers == 2 or not _finds_bounds(dataclasses.asdict(spec))
 
 
 def cost(spec: KernelSpec) -> tuple:
     """Smaller is better: wide steps keep the tensor cores busy; at D 64 three consumers hide the softmax."""
     wants_three = element_bytes(spec.element) == 2 and max(spec.head_dim, spec.head_dim_v) <= 64
-    # A diagonal wastes half of each masked block, which narrower steps make smaller.
-    widest = 128 if spec.window_right or spec.window_left else 256
     # Only the first piece of PV runs beside the softmax; each further one is waited for: keys per piece is what counts.
-    width = min(spec.tile_n, widest)
     pieces = spec.head_dim_v // spec.tile_v
-    return spec.tile_m // 64 != (3 if wants_three else 2), -width / pieces, -width, spec.tile_n
+    return spec.tile_m // 64 != (3 if wants_three else 2), -spec.tile_n / pieces, -spec.tile_n

@@ -45,6 +45,11 @@ class Kernel:
         """Whether ptxas made wgmma wait after each instruction (its notes C7510 to C7512)."""
         return bool(_SERIALIZED.search(self.log))
 
+    @property
+    def clean(self) -> bool:
+        """Whether ptxas kept all values in registers and all wgmma asynchronous."""
+        return self.spill_bytes == 0 and not self.serialized
+
 
 def why_no_nvrtc() -> str | None:
     """Why kernels cannot be compiled here, or None."""
@@ -68,7 +73,10 @@ def cache_folder() -> pathlib.Path:
     """Where cubins are kept: $JAX_FLASH_CACHE_DIR, or jax_flash in the user's cache folder."""
     if folder := os.environ.get("JAX_FLASH_CACHE_DIR"):
         return pathlib.Path(folder)
-    base = os.environ.get("XDG_CACHE_HOME") or pathlib.Path.home() / ".cache"
+    try:
+        base = os.environ.get("XDG_CACHE_HOME") or pathlib.Path.home() / ".cache"
+    except RuntimeError:  # a user without a home
+        return pathlib.Path(tempfile.gettempdir()) / f"jax_flash-{os.getuid()}"
     return pathlib.Path(base) / "jax_flash"
 
 
@@ -101,20 +109,20 @@ def _build(source: str) -> Kernel:
     def call(function, *arguments):
         status, *results = function(*arguments)
         if status != nvrtc.nvrtcResult.NVRTC_SUCCESS:
-            raise CompileError(f"{function.__name__} failed on a kernel of jax_flash: {status}\n{_log()}")
+            raise CompileError(f"{function.__name__} failed on a kernel of jax_flash: {status}")
         return results[0] if results else None
-
-    def _log() -> str:
-        text = b" " * nvrtc.nvrtcGetProgramLogSize(program)[1]
-        nvrtc.nvrtcGetProgramLog(program, text)
-        return text.decode(errors="replace").rstrip("\0 \n")
 
     program = call(nvrtc.nvrtcCreateProgram, source.encode(), b"jax_flash.cu", 0, [], [])
     try:
-        call(nvrtc.nvrtcCompileProgram, program, len(_OPTIONS), _OPTIONS)
+        status, *_ = nvrtc.nvrtcCompileProgram(program, len(_OPTIONS), _OPTIONS)
+        text = b" " * call(nvrtc.nvrtcGetProgramLogSize, program)
+        call(nvrtc.nvrtcGetProgramLog, program, text)
+        log = text.decode(errors="replace").rstrip("\0 \n")
+        if status != nvrtc.nvrtcResult.NVRTC_SUCCESS:
+            raise CompileError(f"NVRTC could not compile a kernel of jax_flash: {status}\n{log}")
         cubin = b" " * call(nvrtc.nvrtcGetCUBINSize, program)
         call(nvrtc.nvrtcGetCUBIN, program, cubin)
-        return Kernel(cubin=cubin, log=_log())
+        return Kernel(cubin=cubin, log=log)
     finally:
         nvrtc.nvrtcDestroyProgram(program)
 

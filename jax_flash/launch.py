@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import dataclasses
-import functools
+import math
+import threading
 
 import jax
 import jax.numpy as jnp
@@ -13,16 +14,23 @@ from jax_flash import codegen, heuristics, jit
 from jax_flash.spec import Attention, KernelSpec, Operands, Params
 
 
-@functools.cache
 def register(platform: str) -> None:
-    """Registers the handlers of a platform with JAX. State types come first: a target names the types it uses."""
+    """Registers the handlers of a platform with JAX, once. State types come first: a target names the types it uses."""
     from jax_flash import _ffi
 
-    xla_name = {"cpu": "cpu", "cuda": "CUDA"}[platform]
-    for name, type_info in _ffi.types(platform).items():
-        jax.ffi.register_ffi_type(name, type_info, platform=xla_name)
-    for name, target in _ffi.targets(platform).items():
-        jax.ffi.register_ffi_target(name, target, platform=xla_name)
+    with _registering:
+        if platform in _registered:
+            return
+        xla_name = {"cpu": "cpu", "cuda": "CUDA"}[platform]
+        for name, type_info in _ffi.types(platform).items():
+            jax.ffi.register_ffi_type(name, type_info, platform=xla_name)
+        for name, target in _ffi.targets(platform).items():
+            jax.ffi.register_ffi_target(name, target, platform=xla_name)
+        _registered.add(platform)
+
+
+_registered: set[str] = set()
+_registering = threading.Lock()
 
 
 def params_attribute(params: Params) -> dict[str, np.int32 | np.float32]:
@@ -60,6 +68,9 @@ def backward_cpu(attention: Attention, operands: Operands, dout, lse, delta):
 
 # CUDA.
 
+MAX_ATTEMPTS = 4
+"""Kernels compiled, at some seconds each, before one that spills is taken."""
+
 
 def why_no_cuda() -> str | None:
     """Why no CUDA kernel can run on this machine, or None."""
@@ -74,6 +85,8 @@ def why_not_served(operands: Operands) -> str | None:
     """Why no CUDA kernel serves a call, or None. Lowering for CUDA where there is no GPU assumes capability 9.0."""
     if operands.q.dtype == jnp.float32:
         return "the CUDA kernels take float16, bfloat16 and float8_e4m3fn, not float32."
+    if max(math.prod(x.shape[:3]) for x in operands[:3]) >= 2**31:
+        return "the CUDA kernels count rows of all heads in 32 bits, and q, k or v has 2**31 or more."
     try:
         reason = _why_not_capability(jax.devices("cuda"))
     except RuntimeError:
@@ -145,9 +158,9 @@ def transpose_fp8_values(v):
     return v.transpose(0, 5, 6, 1, 3, 2, 4).reshape(groups, heads, columns, -1)
 
 
-def kernel_spec(attention: Attention, operands: Operands) -> KernelSpec:
-    """The kernel that heuristics.py chooses for a call."""
-    return heuristics.choose(
+def kernel_specs(attention: Attention, operands: Operands) -> list[KernelSpec]:
+    """The kernels that could compute a call, the best first."""
+    return heuristics.ranked(
         element=operands.q.dtype.name,
         out=attention.out_dtype,
         head_dim=operands.q.shape[-1],
@@ -164,11 +177,20 @@ def kernel_spec(attention: Attention, operands: Operands) -> KernelSpec:
     )
 
 
+def compile_best(entry: str, specs: list[KernelSpec]) -> tuple[KernelSpec, jit.Kernel]:
+    """The first kernel that ptxas compiles without spills, which differs by its version; else the best one."""
+    compiled = []
+    for spec in specs[:MAX_ATTEMPTS]:
+        compiled.append((spec, jit.compile(codegen.source(entry, spec))))
+        if compiled[-1][1].clean:
+            return compiled[-1]
+    return compiled[0]
+
+
 def forward_cuda(attention: Attention, operands: Operands):
     """The CUDA forward kernel: out and lse."""
     register("cuda")
-    spec = kernel_spec(attention, operands)
-    kernel = jit.compile(codegen.source("forward.cu", spec))
+    spec, kernel = compile_best("forward.cu", kernel_specs(attention, operands))
     params = Params.of(attention, operands)
     size = operands.q.dtype.itemsize
     maps = [_rows_map(0, operands.q.shape, size, spec.tile_m), _rows_map(1, operands.k.shape, size, spec.tile_n)]

@@ -5,7 +5,6 @@ TypeError and ValueError: the request is wrong. NotImplementedError: it is right
 
 from __future__ import annotations
 
-import math
 import numbers
 
 import jax
@@ -148,8 +147,8 @@ def _check_softmax(call: Call) -> None:
 
     if not _is_real(call.softcap):
         raise TypeError(f"softcap must be a Python float known while tracing, got {_describe(call.softcap)}.")
-    if not 0 <= call.softcap < math.inf:
-        raise ValueError(f"softcap must be 0 (off) or positive and finite, got {call.softcap}.")
+    if call.softcap and not float(np.finfo(np.float32).tiny) <= call.softcap <= float(np.finfo(np.float32).max):
+        raise ValueError(f"softcap must be 0 (off) or a positive, normal float32, got {call.softcap}.")
 
     window = call.window_size
     if window is not None:

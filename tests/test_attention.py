@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import dataclasses
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -11,7 +13,7 @@ from conftest import CPU, CUDA
 from tolerance import check, run
 
 import jax_flash
-from jax_flash import primitive
+from jax_flash import launch, primitive
 
 
 def _cases():
@@ -198,3 +200,35 @@ def test_defect_10_fp8_error_does_not_grow_with_length(kernel, k_len):
     truth = np.asarray(run(arguments, implementation="xla"))
     out = np.asarray(run(arguments, implementation=kernel))
     assert np.linalg.norm(out - truth) / np.linalg.norm(truth) < 0.005
+
+
+def test_nan_scale_is_not_hidden(kernel):
+    arguments = Case(id="nan-scale").arguments() | {"softmax_scale": np.array(np.nan, np.float32)}
+    out, lse = run(arguments, implementation=kernel)
+    assert np.isnan(np.asarray(out, np.float32)).all()
+    assert np.isnan(lse).all()
+
+
+def test_keys_that_score_minus_infinity(kernel):
+    # An additive mask in a channel of its own: the last keys, which kernels may see first, score -inf.
+    arguments = Case(id="infinite", dtype="float16", q_lens=(70, 70), k_lens=(600, 600)).arguments()
+    arguments["q"][..., 0] = 1
+    arguments["k"][..., 0] = 0
+    arguments["k"][:, 150:, :, 0] = -np.inf
+    out, lse = run(arguments, implementation=kernel)
+    check(arguments | {name: arguments[name][:, :150] for name in ("k", "v")}, out, lse)
+
+
+@pytest.mark.gpu
+def test_damaged_image_is_refused(monkeypatch):
+    compile_kernel = launch.jit.compile
+
+    def damaged(source):
+        kernel = compile_kernel(source)
+        return dataclasses.replace(kernel, cubin=kernel.cubin[:-1])
+
+    monkeypatch.setattr(launch.jit, "compile", damaged)
+    jax.clear_caches()
+    with pytest.raises(Exception, match="the kernel image is truncated"):
+        run(Case(id="damaged", head_dim=72).arguments(), implementation="cuda")
+    jax.clear_caches()

@@ -11,7 +11,7 @@ import itertools
 import pytest
 from cases import CASES, Case
 
-from jax_flash import _ffi, canonical, codegen, heuristics, jit, launch
+from jax_flash import _ffi, canonical, codegen, heuristics, launch
 from jax_flash.spec import UNBOUNDED, Call, KernelSpec, Params
 
 OUT = {"float16": "float16", "bfloat16": "bfloat16", "float8_e4m3fn": "bfloat16"}
@@ -19,56 +19,65 @@ WINDOWS = {"full": (UNBOUNDED, UNBOUNDED), "causal": (UNBOUNDED, 0), "causal-lef
 FEATURES = ("softcap", "sinks", "packed_q", "packed_k", "seqused_q", "seqused_k", "lse")
 
 
-def of_case(case: Case) -> KernelSpec:
-    """The kernel of a case. A KernelSpec knows no length, so short sequences do."""
+def of_case(case: Case) -> list[KernelSpec]:
+    """The kernels of a case, the best first. A KernelSpec knows no length, so short sequences do."""
     shorter = {side: tuple(min(length, 2) for length in getattr(case, side)) for side in ("q_lens", "k_lens")}
     attention, operands = canonical.canonical(Call(**dataclasses.replace(case, **shorter).arguments()))
-    return launch.kernel_spec(attention, operands)
+    return launch.kernel_specs(attention, operands)
 
 
-def of_grid(element: str, head_dim: int, head_dim_v: int, window: str, features: str) -> KernelSpec:
-    """The kernel of a combination: `features` are "plain", none of them, or "everything"."""
+def of_grid(element: str, head_dim: int, head_dim_v: int, window: str, features: tuple[str, ...]) -> list[KernelSpec]:
+    """The kernels of a combination, the best first."""
     left, right = WINDOWS[window]
-    return heuristics.choose(
+    return heuristics.ranked(
         element=element,
         out=OUT[element],
         head_dim=head_dim,
         head_dim_v=head_dim_v,
         window_left=left,
         window_right=right,
-        **dict.fromkeys(FEATURES, features == "everything"),
+        **{name: name in features for name in FEATURES},
     )
 
 
 def kernels():
-    """Every kernel of the test list and of the grid once, named by the first that asks for it."""
-    names: dict[KernelSpec, str] = {}
-    for case in CASES:
-        if case.dtype != "float32":
-            names.setdefault(of_case(case), case.id)
-    for element, head_dim, *rest in itertools.product(OUT, heuristics.HEAD_DIMS, WINDOWS, ("plain", "everything")):
-        names.setdefault(of_grid(element, head_dim, head_dim, *rest), f"{element}-d{head_dim}-{'-'.join(rest)}")
-    return [pytest.param(spec, id=name) for spec, name in names.items()]
+    """The kernels of the test list and of the grid, each first choice once, named by the first that asks for it."""
+    asked = [(case.id, of_case(case)) for case in CASES if case.dtype != "float32"]
+    for element, head_dim, window, features in itertools.product(OUT, heuristics.HEAD_DIMS, WINDOWS, ((), FEATURES)):
+        name = f"{element}-d{head_dim}-{window}-{'everything' if features else 'plain'}"
+        asked.append((name, of_grid(element, head_dim, head_dim, window, features)))
+    # Where the first choice is known to spill.
+    for head_dim, window, features in (
+        (64, "causal", ("seqused_k",)),
+        (64, "full", ("seqused_q", "seqused_k")),
+        (96, "full", ("softcap", "seqused_k")),
+        (128, "full", ("sinks", "seqused_q", "seqused_k")),
+    ):
+        asked.append(
+            (f"d{head_dim}-{window}-{'-'.join(features)}", of_grid("bfloat16", head_dim, head_dim, window, features))
+        )
+    distinct = {specs[0]: (name, specs) for name, specs in reversed(asked)}
+    return [pytest.param(specs, id=name) for name, specs in distinct.values()]
 
 
-@pytest.mark.parametrize("spec", kernels())
-def test_compiles_without_a_spill(spec):
-    kernel = jit.compile(codegen.source("forward.cu", spec))
+@pytest.mark.parametrize("specs", kernels())
+def test_compiles_without_a_spill(specs):
+    spec, kernel = launch.compile_best("forward.cu", specs)
     assert kernel.cubin.startswith(b"\x7fELF")
     assert (kernel.spill_bytes, kernel.serialized) == (0, False), f"{spec}\n{kernel.log}"
+    # setmaxnreg waits for ever for registers that the CTA was not launched with.
+    consumers = spec.tile_m // 64
+    assert 128 * (spec.producer_registers + consumers * spec.consumer_registers) <= kernel.registers * spec.threads
 
 
 @pytest.mark.parametrize("element", OUT)
 def test_every_combination_has_a_legal_kernel(element):
-    combinations = itertools.product(heuristics.HEAD_DIMS, heuristics.HEAD_DIMS, WINDOWS, ("plain", "everything"))
-    for combination in combinations:
-        spec = of_grid(element, *combination)
+    for combination in itertools.product(heuristics.HEAD_DIMS, heuristics.HEAD_DIMS, WINDOWS, ((), FEATURES)):
+        spec = of_grid(element, *combination)[0]
         assert heuristics.legal(spec), combination
         assert spec.shared_bytes <= heuristics.SHARED_LIMIT, combination
         assert spec.threads == 128 * (spec.tile_m // 64 + 1), combination
-        # 64 K registers serve a CTA; setmaxnreg takes multiples of 8.
-        registers = 128 * (spec.producer_registers + spec.tile_m // 64 * spec.consumer_registers)
-        assert registers <= 64 * 1024, combination
+        # setmaxnreg takes multiples of 8.
         assert spec.producer_registers % 8 == spec.consumer_registers % 8 == 0, combination
 
 
@@ -82,7 +91,7 @@ def test_every_combination_has_a_legal_kernel(element):
     ],
 )
 def test_16_bit_tiles_are_those_of_flash_attention_3(head_dim, window, tile):
-    spec = of_grid("bfloat16", head_dim, head_dim, window, "plain")
+    spec = of_grid("bfloat16", head_dim, head_dim, window, ())[0]
     assert (spec.tile_m, spec.tile_n, spec.tile_v) == tile
 
 
@@ -92,20 +101,20 @@ def test_head_dim_is_padded_to_the_next(head_dim, padded):
 
 
 def test_only_packed_fp8_keys_are_aligned():
-    assert of_grid("float8_e4m3fn", 64, 64, "full", "everything").key_alignment == 16
-    assert of_grid("float8_e4m3fn", 64, 64, "full", "plain").key_alignment == 1
-    assert of_grid("bfloat16", 64, 64, "full", "everything").key_alignment == 1
+    assert of_grid("float8_e4m3fn", 64, 64, "full", FEATURES)[0].key_alignment == 16
+    assert of_grid("float8_e4m3fn", 64, 64, "full", ())[0].key_alignment == 1
+    assert of_grid("bfloat16", 64, 64, "full", FEATURES)[0].key_alignment == 1
 
 
 def test_source_expands_each_include_once():
-    source = codegen.source("forward.cu", of_grid("bfloat16", 128, 128, "causal", "plain"))
+    source = codegen.source("forward.cu", of_grid("bfloat16", 128, 128, "causal", ())[0])
     assert "#include" not in source
     for name in ("forward.cu", "params.h", "spec.h", "wgmma.h", "softmax.cuh", "hopper/types.cuh"):
         assert source.count(f'#line 1 "{name}"\n') == 1, name
 
 
 def test_spec_header_has_every_field():
-    spec = of_grid("float8_e4m3fn", 128, 192, "causal", "everything")
+    spec = of_grid("float8_e4m3fn", 128, 192, "causal", FEATURES)[0]
     source = codegen.source("forward.cu", spec)
     for name, value in dataclasses.asdict(spec).items():
         camel = name.title().replace("_", "")

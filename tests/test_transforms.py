@@ -204,3 +204,12 @@ def test_defect_9_traced_softmax_scale(implementation, layout):
     arrays.pop("softmax_scale", None)
     traced = jax.jit(lambda scale: function(arrays | {"softmax_scale": scale}))(0.125)
     check_equal(traced, jax.jit(lambda: function(arrays | {"softmax_scale": 0.125}))())
+
+
+def test_vmap_without_lse(kernel):
+    q, k, v = (
+        jax.random.normal(key, (3, 2, 17, 4, 32), jnp.bfloat16) for key in jax.random.split(jax.random.key(0), 3)
+    )
+    attend = functools.partial(jax_flash.attention, implementation=kernel)
+    expected = jnp.stack([attend(*one) for one in zip(q, k, v, strict=True)])
+    np.testing.assert_array_equal(jax.vmap(attend)(q, k, v), expected)

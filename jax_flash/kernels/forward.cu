@@ -16,7 +16,7 @@ constexpr int kThreads = kWarpgroupSize + kConsumerThreads;
 static_assert(kThreads == spec::kThreads, "heuristics.py launches as many threads");
 
 static_assert(kWarpgroupSize * (spec::kProducerRegisters + kConsumers * spec::kConsumerRegisters) <= 64 * 1024,
-              "what the producer gives back, the consumers take");
+              "no more registers than a CTA has");
 
 __device__ __forceinline__ void produce(SharedStorage& shared, const TensorMaps& maps, const Operands& operands,
                                         const Params& params) {

@@ -45,9 +45,11 @@ using Scores = float[spec::kTileN / 2];
 using Piece = float[spec::kTileV / 2];
 using Output = Piece[kPieces];
 
-// What a score, capped or not, is multiplied by to become an exponent of 2. Never 0: a masked score is -inf.
+// What a score, capped or not, is multiplied by to become an exponent of 2. Never 0, for a masked score is -inf; NaN
+// stays.
 __device__ __forceinline__ float scale_in_base_2(float scale, const Params& params) {
-  return fmaxf((spec::kSoftcap ? params.softcap : fabsf(scale)) * kLog2E, 1e-30f);
+  const float factor = (spec::kSoftcap ? params.softcap : fabsf(scale)) * kLog2E;
+  return factor < 1e-30f ? 1e-30f : factor;
 }
 
 class Consumer {
@@ -149,7 +151,7 @@ class Consumer {
                                                 Softmax& softmax, float (&rescale)[kRowsPerThread]) {
     if constexpr (spec::kSoftcap) cap_scores(s, scale_over_softcap_);
     if constexpr (kMasked) mask<spec::kTileN>(s, tile, range, params_, warpgroup_, block);
-    softmax.update<kMasked>(s, scale_log2_, rescale);
+    softmax.update(s, scale_log2_, rescale);
   }
 
   // Adds P V to the output, runs `meanwhile` while the first piece is multiplied, and gives the buffer back.

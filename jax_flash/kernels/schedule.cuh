@@ -4,6 +4,7 @@
 // Heads are worked on in sections whose keys and values stay in the L2 cache together. Under a causal mask the tiles of
 // the first section come from the shortest to the longest or the reverse, those of the next the other way, and of the
 // last from the longest to the shortest: so lengths rise and fall along t, and every CTA gets its share of long tiles.
+// Where one section is all there is, every other round of CTAs runs in reverse instead.
 //
 // Index arrays are read as they are defined for all platforms: the boundaries of a group are the running maximum of its
 // cu_seqlens, clamped to [0, rows], and lengths are clamped to the sequence. So no value leads outside a buffer, and
@@ -33,26 +34,28 @@ __device__ __forceinline__ int boundary(const int* cu_seqlens, int i, int rows) 
 class Schedule {
  public:
   __device__ __forceinline__ Schedule(const Operands& operands, const Params& params)
-      : operands_(operands), params_(params), index_(blockIdx.x) {
+      : operands_(operands), params_(params) {
     if constexpr (!spec::kPackedQ && spec::kWindowRight) {
       constexpr i64 kL2Bytes = 32 << 20;
       const i64 pair_bytes = static_cast<i64>(params.kv_rows) * (params.head_dim + params.head_dim_v) *
                              spec::Element::kBytes * params.kv_heads / params.heads;
       const i64 fitting = max(1ll, kL2Bytes / max(1ll, pair_bytes));
       sections_ = static_cast<int>((pairs() + fitting - 1) / fitting);
-      section_ = (pairs() + sections_ - 1) / sections_;
+      pairs_per_section_ = (pairs() + sections_ - 1) / sections_;
     }
   }
 
   // The next tile, if there is one. All lanes take part.
   __device__ __forceinline__ bool next(Tile& tile) {
+    const bool reversed = !spec::kPackedQ && spec::kWindowRight && sections_ == 1 && round_ % 2 == 1;
+    index_ = round_ * gridDim.x + (reversed ? gridDim.x - 1 - blockIdx.x : blockIdx.x);
+    ++round_;
     bool found;
     if constexpr (spec::kPackedQ) {
       found = find_packed(tile);
     } else {
       found = find_dense(tile);
     }
-    index_ += gridDim.x;
     if (found) find_keys(tile);
     return found;
   }
@@ -64,9 +67,9 @@ class Schedule {
   __device__ __forceinline__ bool find_dense(Tile& tile) {
     const int m_blocks = (params_.q_rows + spec::kTileM - 1) / spec::kTileM;
     if (index_ >= m_blocks * pairs()) return false;
-    const int section = index_ / (section_ * m_blocks);
-    const int first = section * section_;
-    const int width = min(section_, pairs() - first);
+    const int section = index_ / (pairs_per_section_ * m_blocks);
+    const int first = section * pairs_per_section_;
+    const int width = min(pairs_per_section_, pairs() - first);
     const int in_section = index_ - first * m_blocks;
     const int pair = first + in_section % width;
     const int m_block = in_section / width;
@@ -81,28 +84,28 @@ class Schedule {
   }
 
   // A group of n sequences is n + 2 segments of rows: before the first, the sequences, after the last. A warp looks at
-  // 32 segments at a time and remembers where it stands, as later tiles never lie further back.
+  // a chunk of 32 segments at a time and remembers where it stands, as later tiles never lie further back.
   __device__ __forceinline__ bool find_packed(Tile& tile) {
     const int sequences = params_.batch / params_.q_groups;
     const int segments = params_.q_groups * (sequences + 2);
-    while (window_ < segments) {
-      const int segment = window_ + lane_index();
+    while (chunk_ < segments) {
+      const int segment = chunk_ + lane_index();
       const int group = min(segment, segments - 1) / (sequences + 2);
       const int in_group = min(segment, segments - 1) - group * (sequences + 2);
       int end = params_.q_rows;
       if (in_group <= sequences) {
         end = clamp(__ldg(operands_.cu_seqlens_q + static_cast<i64>(group) * (sequences + 1) + in_group), 0, end);
       }
-      end = max(warp_scan_max(group * params_.q_rows + end), window_row_);
+      end = max(warp_scan_max(group * params_.q_rows + end), chunk_row_);
       int begin = __shfl_up_sync(kAllLanes, end, 1);
-      if (lane_index() == 0) begin = window_row_;
+      if (lane_index() == 0) begin = chunk_row_;
       const int m_blocks = (end - begin + spec::kTileM - 1) / spec::kTileM;
-      const int tiles_end = window_tiles_ + warp_scan_sum(m_blocks * params_.heads);
+      const int tiles_end = chunk_tiles_ + warp_scan_sum(m_blocks * params_.heads);
       const u32 later = __ballot_sync(kAllLanes, tiles_end > index_);
       if (later == 0) {
-        window_ += kWarpSize;
-        window_row_ = __shfl_sync(kAllLanes, end, kWarpSize - 1);
-        window_tiles_ = __shfl_sync(kAllLanes, tiles_end, kWarpSize - 1);
+        chunk_ += kWarpSize;
+        chunk_row_ = __shfl_sync(kAllLanes, end, kWarpSize - 1);
+        chunk_tiles_ = __shfl_sync(kAllLanes, tiles_end, kWarpSize - 1);
         continue;
       }
       const int owner = __ffs(later) - 1;
@@ -145,12 +148,13 @@ class Schedule {
 
   const Operands& operands_;
   const Params& params_;
-  int index_;
-  int section_ = 1;       // pairs of a section,
-  int sections_ = 1;      // and how many sections there are
-  int window_ = 0;        // first segment of the 32 that the warp looks at,
-  int window_row_ = 0;    // where it begins, counted over all groups,
-  int window_tiles_ = 0;  // and the tiles before it
+  int round_ = 0;
+  int index_ = 0;
+  int pairs_per_section_ = 1;  // pairs are worked on in sections of so many,
+  int sections_ = 1;           // and how many sections there are
+  int chunk_ = 0;              // first segment of the 32 that the warp looks at,
+  int chunk_row_ = 0;          // where it begins, counted over all groups,
+  int chunk_tiles_ = 0;        // and the tiles before it
 };
 
 }  // namespace jax_flash

@@ -23,9 +23,8 @@ struct Softmax {
     }
   }
 
-  // Turns scores into probabilities 2^(scale * (s - max)) and tells by what to multiply what was summed up before. Only
-  // a masked block can leave a row without any key.
-  template <bool kMasked, int kCount>
+  // Turns scores into probabilities 2^(scale * (s - max)) and tells by what to multiply what was summed up before.
+  template <int kCount>
   __device__ __forceinline__ void update(float (&s)[kCount], float scale_log2, float (&rescale)[kRowsPerThread]) {
 #pragma unroll
     for (int r = 0; r < kRowsPerThread; ++r) {
@@ -33,7 +32,7 @@ struct Softmax {
 #pragma unroll
       for (int i = 2 * r; i < kCount; i += 4) largest = fmaxf(fmaxf(largest, s[i]), s[i + 1]);
       largest = quad_max(largest);
-      const float reference = kMasked && largest == -kInfinity ? 0.0f : largest;
+      const float reference = largest == -kInfinity ? 0.0f : largest;
       rescale[r] = exp2_approx((row_max[r] - reference) * scale_log2);
       row_max[r] = largest;
       const float shift = reference * scale_log2 - kOffset;

@@ -30,7 +30,8 @@ struct KeyRange {
   __device__ __forceinline__ bool empty() const { return begin >= end; }
 };
 
-// Keys that row `q_index` of the sequence sees: [first, last), as if every row of the sequence were used.
+// Keys that row `q_index` of the sequence sees: [first, last). Rows past q_len get some range too: what they give is
+// never stored, so blocks that every used row sees whole need no mask.
 __device__ __forceinline__ int first_key(const Tile& tile, const Params& params, int q_index) {
   if constexpr (!spec::kWindowLeft) return 0;
   return max(0, q_index + tile.kv_len - tile.q_len - params.window_left);
