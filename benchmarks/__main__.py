@@ -66,19 +66,18 @@ def main() -> None:
     parser = argparse.ArgumentParser(prog="python -m benchmarks", description=__doc__)
     parser.add_argument("suite", choices=SUITES)
     suite = parser.parse_args().suite
-    rows = []
-    for number, row in enumerate(SUITES[suite], 1):
-        seconds = measure(row)
-        rows.append(
-            {"row": str(row), "tflops": {k: row.flops / t / 1e12 for k, t in seconds.items()}, "seconds": seconds}
-        )
-        cells = "  ".join(f"{name} {row.flops / t / 1e12:8.3g} TFLOP/s" for name, t in seconds.items())
-        print(f"[{number}/{len(SUITES[suite])}] {row!s:36} {cells}", flush=True)
     folder = pathlib.Path(__file__).parent / "results"
     folder.mkdir(exist_ok=True)
     device = "cpu" if not on_gpu() else device_name().lower().replace(" ", "-")
     path = folder / f"{device}-{suite}.json"
-    path.write_text(json.dumps({"environment": environment(), "rows": rows}, indent=1) + "\n")
+    results = {"environment": environment(), "rows": []}
+    for number, row in enumerate(SUITES[suite], 1):
+        seconds = measure(row)
+        tflops = {name: row.flops / t / 1e12 for name, t in seconds.items()}
+        results["rows"].append({"row": str(row), "tflops": tflops, "seconds": seconds})
+        path.write_text(json.dumps(results, indent=1) + "\n")
+        cells = "  ".join(f"{name} {value:8.3g} TFLOP/s" for name, value in tflops.items())
+        print(f"[{number}/{len(SUITES[suite])}] {row!s:36} {cells}", flush=True)
     print(path)
 
 
