@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import dataclasses
+import os
+import subprocess
+import sys
 
 import jax
 import jax.numpy as jnp
@@ -232,3 +235,21 @@ def test_damaged_image_is_refused(monkeypatch):
     with pytest.raises(Exception, match="the kernel image is truncated"):
         run(Case(id="damaged", head_dim=72).arguments(), implementation="cuda")
     jax.clear_caches()
+
+
+def test_memory_of_the_cpu_handler_is_linear():
+    """32 768 scores of as many rows would take 4 GiB."""
+    script = """
+import resource
+import jax, jax.numpy as jnp
+import jax_flash
+x = jnp.ones((1, 32768, 1, 16))
+attend = jax.jit(jax.grad(lambda x: jax_flash.attention(x, x, x, causal=True, window_size=(4000, 0)).sum()))
+compiled = attend.lower(x).compile()
+before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+jax.block_until_ready(compiled(x))
+print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before)
+"""
+    environment = os.environ | {"JAX_PLATFORMS": "cpu"}
+    run = subprocess.run([sys.executable, "-c", script], env=environment, capture_output=True, text=True, check=True)
+    assert int(run.stdout) < 256 * 1024, "KiB of growth"
