@@ -18,6 +18,8 @@ HEAD_DIMS = (64, 96, 128, 192, 256)
 """Head dims that kernels are compiled for; others are padded with zeros, up to the next."""
 
 _SWIZZLE_BYTES = 128
+"""A row of Q, K or 16-bit V in shared memory takes a multiple of this."""
+
 _BASE_REGISTERS = {2: 36, 3: 32}
 """What a consumer thread takes besides output, scores, P and product, by consumers of a CTA: found by compiling."""
 _FEATURE_REGISTERS = {"packed_q": 4, "packed_k": 4, "window_left": 4, "softcap": 11}
@@ -99,12 +101,15 @@ def _finds_bounds(fixed: dict) -> bool:
 def shared_bytes(fixed: dict, *, tile_m: int, tile_n: int, tile_v: int, stages: int) -> int:
     """Bytes of SharedStorage in kernels/load.cuh, which checks this number."""
     size = element_bytes(fixed["element"])
-    rows_of_128 = lambda columns: -(-columns * size // _SWIZZLE_BYTES) * _SWIZZLE_BYTES  # noqa: E731
-    q = tile_m * rows_of_128(fixed["head_dim"])
-    k = tile_n * rows_of_128(fixed["head_dim"])
-    v = tile_n * (fixed["head_dim_v"] if size == 1 else rows_of_128(fixed["head_dim_v"]))
+    q = tile_m * _up(fixed["head_dim"] * size, _SWIZZLE_BYTES)
+    k = tile_n * _up(fixed["head_dim"] * size, _SWIZZLE_BYTES)
+    v = tile_n * (fixed["head_dim_v"] if size == 1 else _up(fixed["head_dim_v"] * size, _SWIZZLE_BYTES))
     barriers = 16 * (1 + 2 * stages)
-    return -(-(q + stages * (k + v) + barriers) // 1024) * 1024
+    return _up(q + stages * (k + v) + barriers, 1024)
+
+
+def _up(number: int, multiple: int) -> int:
+    return -(-number // multiple) * multiple
 
 
 def accumulators(spec: KernelSpec) -> int:
