@@ -48,6 +48,7 @@ def device_name() -> str:
 
 def environment() -> dict[str, str]:
     """What the numbers depend on."""
+    # Given where the sources are a copy without their history.
     commit = os.environ.get("JAX_FLASH_COMMIT")
     if commit is None:
         commit = subprocess.run(["git", "rev-parse", "--short", "HEAD"], capture_output=True, text=True).stdout.strip()

@@ -1,4 +1,4 @@
-"""Writes the tables of README.md from benchmarks/results/*.json, between its two `results` marks."""
+"""Writes tables from benchmarks/results/*.json between two marks: all of them into docs, length 8192 into README.md."""
 
 from __future__ import annotations
 
@@ -10,10 +10,13 @@ ROOT = pathlib.Path(__file__).parent.parent
 MARKS = re.compile(r"(<!-- results -->\n).*(<!-- end of results -->)", re.DOTALL)
 
 
-def table(path: pathlib.Path) -> str:
-    """One file of results as a Markdown table in TFLOP/s, the best library of each row in bold."""
+def table(path: pathlib.Path, only: str) -> str:
+    """The rows that have `only` in their name, as a Markdown table in TFLOP/s, the best library of each row in bold."""
     results = json.loads(path.read_text())
-    environment, rows = results["environment"], results["rows"]
+    environment = results["environment"]
+    rows = [row for row in results["rows"] if only in row["row"]]
+    if not rows:
+        return ""
     libraries = list(dict.fromkeys(name for row in rows for name in row["tflops"]))
     lines = [
         f"TFLOP/s on one {environment['device']}, jax {environment['jax']}, {environment['date']}, commit "
@@ -37,11 +40,11 @@ def _cell(tflops: float | None, best: float) -> str:
 
 
 def main() -> None:
-    """Rewrites README.md."""
-    tables = [table(path) for path in sorted((ROOT / "benchmarks" / "results").glob("*.json"))]
-    readme = ROOT / "README.md"
-    body = "\n" + "\n".join(tables) + "\n"
-    readme.write_text(MARKS.sub(lambda match: match[1] + body + match[2], readme.read_text()))
+    """Rewrites README.md and docs/performance.md."""
+    for page, only in ((ROOT / "README.md", " S8192 "), (ROOT / "docs" / "performance.md", "")):
+        tables = [table(path, only) for path in sorted((ROOT / "benchmarks" / "results").glob("*.json"))]
+        body = "\n" + "\n".join(filter(None, tables)) + "\n"
+        page.write_text(MARKS.sub(lambda match, body=body: match[1] + body + match[2], page.read_text()))
 
 
 if __name__ == "__main__":

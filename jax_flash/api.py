@@ -8,7 +8,7 @@ import jax
 from jax.typing import ArrayLike, DTypeLike
 
 from jax_flash import canonical, launch, reference, validate
-from jax_flash.spec import Call
+from jax_flash.spec import Call, Operands
 
 
 def attention(
@@ -104,9 +104,9 @@ def attention(
         implementation=implementation,
     )
     validate.check(call)
-    if reason := _why_not(implementation):
-        raise NotImplementedError(f"implementation {implementation!r} cannot run here: {reason}")
     computed, operands = canonical.canonical(call)
+    if reason := _why_not(implementation, operands):
+        raise NotImplementedError(f"implementation {implementation!r} cannot run here: {reason}")
     # Without a query, a key or a value there is nothing for a kernel to do.
     if implementation == "xla" or 0 in (*operands.q.shape, *operands.v.shape, operands.batch):
         out, lse = reference.forward(computed, operands)
@@ -118,10 +118,10 @@ def attention(
     return canonical.restore(call, out, lse)
 
 
-def _why_not(implementation: str | None) -> str | None:
-    """Why an implementation asked for by name cannot run on this machine, or None."""
+def _why_not(implementation: str | None, operands: Operands) -> str | None:
+    """Why an implementation asked for by name cannot run a call on this machine, or None."""
     if implementation == "cuda":
-        return launch.why_no_cuda()
+        return launch.why_no_cuda() or launch.why_not_served(operands)
     if implementation == "cpu":
         try:
             jax.devices("cpu")

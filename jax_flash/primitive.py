@@ -69,10 +69,14 @@ def _row_dot(x, dx):
 def _sum_rows(rows, index, batch, like):
     """Sums rows (G, S, heads) over each sequence, and over the axes in which `like` (B or 1, heads or 1) has one entry.
 
-    Rows of no sequence (index -1) do not count, whatever they hold.
+    Rows of no sequence (index -1) do not count, whatever they hold. A product with ones and zeros adds in a fixed
+    order, which a scatter on a GPU does not.
     """
-    segment = jnp.where(index < 0, batch, index).reshape(-1)
-    total = jax.ops.segment_sum(rows.reshape(-1, rows.shape[-1]), segment, batch + 1)[:batch]
+    groups = rows.shape[0]
+    sequences = jnp.arange(batch, dtype=index.dtype).reshape(groups, 1, -1)
+    belongs = (index[..., None] == sequences).astype(rows.dtype)
+    rows = jnp.where(index[..., None] < 0, 0, rows)
+    total = jnp.einsum("gsn,gsh->gnh", belongs, rows, precision="highest").reshape(batch, -1)
     return total.sum([axis for axis in (0, 1) if like.shape[axis] == 1], keepdims=True)
 
 
@@ -107,7 +111,7 @@ def _batch(primitive, arrays, axes, *, attention: Attention):
     names = (*Operands._fields, "dout", "lse", "delta")
     folded = [
         _fold(x, axis, size, batch if name in _SHARED else None)
-        for name, x, axis in zip(names, arrays, axes, strict=False)
+        for name, x, axis in zip(names, arrays, axes, strict=False)  # the forward takes the operands alone
     ]
     results = primitive.bind(*folded, attention=attention)
     # An empty result, the LSE that nobody asked for, has no axis to map.
@@ -145,8 +149,6 @@ def _warn_reference(reason: str) -> None:
 def _forward_cuda(*arrays, attention: Attention):
     operands = Operands(*arrays)
     if reason := launch.why_not_served(operands):
-        if attention.implementation == "cuda":
-            raise NotImplementedError(f"implementation 'cuda' cannot run here: {reason}")
         _warn_reference(reason)
         return reference.forward(attention, operands)
     return launch.forward_cuda(attention, operands)
@@ -176,7 +178,7 @@ def _for(platform, function):
 
     def checked(*arrays, attention: Attention):
         if attention.implementation not in (None, platform):
-            raise ValueError(
+            raise NotImplementedError(
                 f"implementation {attention.implementation!r} cannot run here: the computation is compiled for "
                 f"{'platform ' + platform if platform else 'another platform'}."
             )

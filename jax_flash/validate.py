@@ -70,10 +70,14 @@ def _check_head_dim(name, x, implementation) -> None:
     if head_dim == 0:
         raise ValueError(f"{name} must be at least 1, got 0.")
     multiple = 16 if x.dtype.itemsize == 1 else 8
+    if name.endswith("v"):
+        advice = "pad it with zeros and cut the output"
+    else:
+        advice = f"pad q and k with zeros and give softmax_scale, which is {head_dim} ** -0.5 unless you chose one"
     if implementation != "xla" and (head_dim % multiple or head_dim > MAX_HEAD_DIM):
         raise NotImplementedError(
             f"{name} must be a multiple of {multiple} up to {MAX_HEAD_DIM} for dtype {x.dtype.name}, got {head_dim}: "
-            f"pad it with zeros (and keep softmax_scale), or use implementation='xla', which takes any."
+            f"{advice}, or use implementation='xla', which takes any."
         )
 
 
@@ -131,7 +135,7 @@ def _check_descales(call: Call) -> None:
         if descale is None or _is_real(descale):
             continue
         if not _is_array(descale) or descale.dtype != np.float32:
-            raise TypeError(f"{name}_descale must be a float32 array, got {_describe(descale)}.")
+            raise TypeError(f"{name}_descale must be a Python float or a float32 array, got {_describe(descale)}.")
         if descale.shape not in allowed:
             words = " or ".join(map(str, dict.fromkeys(allowed)))
             raise ValueError(f"{name}_descale must have shape {words}, got shape {descale.shape}.")
@@ -199,5 +203,5 @@ def _describe(x) -> str:
     if isinstance(x, jax.core.Tracer):
         return f"a traced {x.dtype.name} array of shape {x.shape}"
     if _is_array(x):
-        return f"a {x.dtype.name} array of shape {x.shape}"
+        return f"{'an' if x.dtype.name.startswith('int') else 'a'} {x.dtype.name} array of shape {x.shape}"
     return f"{x!r} of type {type(x).__name__}"

@@ -150,9 +150,9 @@ FA3 = [
 # 84 sequences of the lengths that a tagger's batch has: many of 64 or less, one of 1680, 5040 tokens in all.
 _TOKENS = (64, 64, *(_rest := [38 + i % 5 for i in range(80)]), 1680, 5040 - 128 - sum(_rest) - 1680)
 
-ISSUE = [
+EXAMPLES = [
     Case(
-        id=f"issue-1-fp8-packed-{kind}",
+        id=f"example-fp8-packed-{kind}",
         dtype="float8_e4m3fn",
         q_lens=_TOKENS,
         k_lens=_TOKENS,
@@ -170,7 +170,7 @@ ISSUE = [
     for kind in ("ones", "random")
 ] + [
     Case(
-        id="issue-2-fp16-causal",
+        id="example-fp16-causal",
         dtype="float16",
         q_lens=(512, 512),
         k_lens=(512, 512),
@@ -181,7 +181,7 @@ ISSUE = [
         return_lse=False,
     ),
     Case(
-        id="issue-3-fp16-decode",
+        id="example-fp16-decode",
         dtype="float16",
         q_lens=(1,),
         k_lens=(2048,),
@@ -263,4 +263,4 @@ OUT_DTYPES = [
     )
 ]
 
-CASES = [*ISSUE, *FA3, *HEAD_DIMS, *FEATURES, *OUT_DTYPES]
+CASES = [*EXAMPLES, *FA3, *HEAD_DIMS, *FEATURES, *OUT_DTYPES]

@@ -76,5 +76,21 @@ def test_missing_nvrtc_runs_as_plain_jnp_on_cuda(monkeypatch):
 @pytest.mark.parametrize(("named", "platform"), [("cpu", "cuda"), ("cuda", "cpu")])
 def test_named_implementation_refuses_another_platform(monkeypatch, named, platform):
     monkeypatch.setattr(launch, "why_no_cuda", lambda: None)
-    with pytest.raises(ValueError, match=f"'{named}' cannot run here: .* compiled for platform {platform}"):
+    with pytest.raises(NotImplementedError, match=f"'{named}' cannot run here: .* compiled for platform {platform}"):
         lowered(platform, Case(id="named"), implementation=named)
+
+
+def test_float32_is_refused_where_cuda_is_named(monkeypatch):
+    monkeypatch.setattr(launch, "why_no_cuda", lambda: None)
+    with pytest.raises(NotImplementedError, match=r"'cuda' cannot run here: the CUDA kernels take .*, not float32"):
+        lowered("cuda", Case(id="float32", dtype="float32"), implementation="cuda")
+
+
+def test_other_gpus_are_named_by_their_capability(monkeypatch):
+    class Ampere:
+        compute_capability = "8.0"
+
+    monkeypatch.setattr(launch.jax, "devices", lambda platform: [Ampere()])
+    assert "compute capability 8.0; the kernels need 9.0" in launch.why_no_cuda()
+    with pytest.warns(UserWarning, match="runs as plain jnp here: the GPU has compute capability 8.0"):
+        assert CUDA_CALL not in lowered("cuda", Case(id="ampere"))

@@ -118,7 +118,7 @@ def test_vmap_over_several_arguments(implementation, layout, names):
 
 @pytest.mark.parametrize(("layout", "names"), TOGETHER, ids=_id)
 def test_vmap_of_gradient(kernel, layout, names):
-    """Peers' defect 1: gradients of one element of the map must not land in another."""
+    """Gradients of one element of the map must not land in another."""
     case = LAYOUTS[layout]
     check_map(gradient_of(attend(case, kernel)), *mapped(arrays_of(case), names))
 
@@ -200,7 +200,7 @@ def test_donated_inputs(kernel):
 
 
 @pytest.mark.parametrize("layout", LAYOUTS)
-def test_defect_9_traced_softmax_scale(implementation, layout):
+def test_traced_softmax_scale(implementation, layout):
     case = LAYOUTS[layout]
     function, arrays = attend(case, implementation), arrays_of(case)
     arrays.pop("softmax_scale", None)

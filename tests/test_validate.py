@@ -96,7 +96,7 @@ BAD = {
     "cu-dtype": (
         packed(cu_seqlens_q=np.zeros(4, np.int64)),
         TypeError,
-        r"cu_seqlens_q must be an int32 array, got a int64 array of shape \(4,\)",
+        r"cu_seqlens_q must be an int32 array, got an int64 array of shape \(4,\)",
     ),
     "cu-list": (packed(cu_seqlens_k=[0, 7]), TypeError, "cu_seqlens_k must be an int32 array, got .* of type list"),
     "cu-rank": (packed(cu_seqlens_q=ints(2, 4)), ValueError, r"cu_seqlens_q must have shape \(sequences \+ 1,\)"),
@@ -130,7 +130,7 @@ BAD = {
     "q-descale-dtype": (
         dense(q_descale=zeros(dtype=jnp.bfloat16)),
         TypeError,
-        "q_descale must be a float32 array, got a bfloat16 array",
+        "q_descale must be a Python float or a float32 array, got a bfloat16 array",
     ),
     "q-descale-shape": (
         dense(q_descale=zeros(3, 3)),
@@ -143,14 +143,20 @@ BAD = {
         r"k_descale must have shape \(\) or \(3,\) or \(3, 2\), got shape \(3, 6\)",
     ),
     "v-descale-shape": (packed(v_descale=zeros(2)), ValueError, r"v_descale must have shape .* got shape \(2,\)"),
-    "v-descale-list": (dense(v_descale=[1.0]), TypeError, "v_descale must be a float32 array, got .* of type list"),
+    "v-descale-list": (
+        dense(v_descale=[1.0]),
+        TypeError,
+        "v_descale must be .*float32 array, got .* of type list",
+    ),
     "scale-type": (dense(softmax_scale="1"), TypeError, "softmax_scale must be a Python float or a float32 scalar"),
-    "scale-dtype": (dense(softmax_scale=ints()), TypeError, "softmax_scale must be .* got a int32 array"),
+    "scale-dtype": (dense(softmax_scale=ints()), TypeError, "softmax_scale must be .* got an int32 array"),
     "scale-shape": (dense(softmax_scale=zeros(3)), ValueError, r"softmax_scale must be a scalar, got shape \(3,\)"),
     "softcap-type": (dense(softcap=None), TypeError, "softcap must be a Python float .* got None of type NoneType"),
     "softcap-array": (dense(softcap=zeros()), TypeError, "softcap must be a Python float .* got a float32 array"),
-    "softcap-negative": (dense(softcap=-1.0), ValueError, r"softcap must be 0 \(off\) or positive and finite, got -1"),
-    "softcap-nan": (dense(softcap=float("nan")), ValueError, "softcap must be .* finite, got nan"),
+    "softcap-negative": (dense(softcap=-1.0), ValueError, r"softcap must be 0 \(off\) or a positive, .* got -1"),
+    "softcap-nan": (dense(softcap=float("nan")), ValueError, "softcap must be .* normal float32, got nan"),
+    "softcap-subnormal": (dense(softcap=1e-40), ValueError, "softcap must be .* normal float32, got 1e-40"),
+    "softcap-overflow": (dense(softcap=1e39), ValueError, "softcap must be .* normal float32, got 1e\\+39"),
     "window-int": (dense(window_size=5), TypeError, r"window_size must be a pair \(left, right\) .* got 5 of type int"),
     "window-three": (dense(window_size=(1, 2, 3)), TypeError, "window_size must be a pair"),
     "window-float": (dense(window_size=(1.0, 2)), TypeError, "window_size must be a pair"),
@@ -161,7 +167,7 @@ BAD = {
         r"window_size must have entries of -1 \(unbounded\) or more, got \(-2, 2\)",
     ),
     "sinks-shape": (dense(sinks=zeros(2)), ValueError, r"sinks must have shape \(6,\), one logit a query head, got"),
-    "sinks-dtype": (dense(sinks=ints(6)), TypeError, "sinks must be an array of one of the dtypes .* got a int32"),
+    "sinks-dtype": (dense(sinks=ints(6)), TypeError, "sinks must be an array of one of the dtypes .* got an int32"),
     "causal": (dense(causal=1), TypeError, "causal must be a Python bool known while tracing, got 1 of type int"),
     # Results and who computes them
     "return-lse": (dense(return_lse=None), TypeError, "return_lse must be a Python bool"),
@@ -220,7 +226,7 @@ def test_static_arguments_must_not_be_traced(name, value, match):
 )
 def test_head_dim(dtype, head_dim, head_dim_v, match):
     q, k, v = (jnp.ones((2, 9, 4, dim), dtype) for dim in (head_dim, head_dim, head_dim_v))
-    with pytest.raises(NotImplementedError, match=f"{match}: pad it .* or use implementation='xla'"):
+    with pytest.raises(NotImplementedError, match=f"{match}: pad .* or use implementation='xla'"):
         jax_flash.attention(q, k, v)
     assert jax_flash.attention(q, k, v, implementation="xla").shape == v.shape
 
