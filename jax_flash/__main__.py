@@ -184,7 +184,7 @@ def run_cases() -> int:
 def print_info() -> None:
     """Prints versions, devices, who serves here, and what is compiled."""
     print(f"jax_flash {jax_flash.__version__}, jax {jax.__version__}, jaxlib {jaxlib.__version__}")
-    print(f"NVRTC: {jit.why_no_nvrtc() or jit.compiler_version()}")
+    print(f"NVRTC: {'not usable (CUDA alone needs it)' if jit.why_no_nvrtc() else jit.compiler_version()}")
     for device in jax.devices():
         capability = getattr(device, "compute_capability", None)
         words = f"{device.device_kind}, compute capability {capability}" if capability else device.device_kind

@@ -147,7 +147,7 @@ class _Rows(NamedTuple):
     sequence: Any
     """Index of its sequence."""
     position: Any
-    """Index of the key that the last used query and the last used key of a sequence line up by."""
+    """Index, in the sequence, of the key that the query lines up with; the last used ones line up."""
 
 
 class _Keys(NamedTuple):

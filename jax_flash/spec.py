@@ -1,6 +1,7 @@
-"""The nouns of the library, one per lifetime: what is computed, the numbers of one call, and how a kernel does it.
+"""The nouns of the library: the user's call, what is computed from which arrays, its numbers, how a kernel does it.
 
-All are frozen and hashable and import nothing of the project, so every other module may use them.
+This module imports nothing of the project, so every other one may use it. `Attention`, `Params` and `KernelSpec` hold
+no array: they are frozen and hashable, and serve as static arguments and as cache keys.
 """
 
 from __future__ import annotations

@@ -89,7 +89,7 @@ def attention_fn(
       implementation: see window_size.
 
     Returns:
-      (batch.., Sq, H, Dv), in the dtype that query, key and value were cast to.
+      (batch.., Sq, H, Dv), in the dtype that query, key and value were cast to; bfloat16 where that is FP8.
 
     Raises:
       NotImplementedError: dropout, a bias, a mask or another argument that no kernel here serves.
@@ -100,7 +100,7 @@ def attention_fn(
         "mask",
         mask,
         "no kernel here takes one (nor Flax's decode=True, which makes one); what is seen is said by causal=True, "
-        "window_size=, and lengths with seqused_q= and seqused_k=",
+        "window_size=, and lengths with seqused_q= and seqused_k=, as in functools.partial(attention_fn, causal=True)",
     )
     _must_be_none("module", module, "attention weights are never in memory, so sow_weights has none to sow")
     _must_be_none("qk_attn_weights_einsum", qk_attn_weights_einsum, "no kernel here calls it")
