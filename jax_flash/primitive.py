@@ -115,9 +115,8 @@ def _batch(primitive, arrays, axes, *, attention: Attention):
     ]
     results = primitive.bind(*folded, attention=attention)
     # An empty result, the LSE that nobody asked for, has no axis to map.
-    return [x.reshape(size, -1, *x.shape[1:]) if x.size else x for x in results], [
-        0 if x.size else None for x in results
-    ]
+    unfolded = [x.reshape(size, -1, *x.shape[1:]) if x.size else x for x in results]
+    return unfolded, [0 if x.size else None for x in results]
 
 
 def _fold(x, axis, size, batch):

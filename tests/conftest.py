@@ -17,6 +17,15 @@ NEEDS_GPU = pytest.StashKey[int]()
 CPU, CUDA = "cpu", pytest.param("cuda", marks=pytest.mark.gpu)
 
 
+def on_each_kernel(cases):
+    """Each case on each platform that serves it: CUDA has no float32, a CPU takes too long for the large ones."""
+    cpu = [pytest.param(CPU, case, id=f"cpu-{case}") for case in cases if not case.large]
+    cuda = [
+        pytest.param("cuda", case, id=f"cuda-{case}", marks=CUDA.marks) for case in cases if case.dtype != "float32"
+    ]
+    return cpu + cuda
+
+
 def _on_its_device(implementation: str):
     device = jax.devices("cuda" if implementation == "cuda" else "cpu")[0]
     with jax.default_device(device):

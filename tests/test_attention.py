@@ -13,23 +13,14 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from cases import CASES, Case
-from conftest import CPU, CUDA
+from conftest import on_each_kernel
 from tolerance import check, run
 
 import jax_flash
 from jax_flash import launch, primitive
 
 
-def _cases():
-    """Each case on each platform that serves it: CUDA has no float32, a CPU takes too long for the large ones."""
-    cpu = [pytest.param(CPU, case, id=f"cpu-{case}") for case in CASES if not case.large]
-    cuda = [
-        pytest.param("cuda", case, id=f"cuda-{case}", marks=CUDA.marks) for case in CASES if case.dtype != "float32"
-    ]
-    return cpu + cuda
-
-
-@pytest.mark.parametrize(("kernel", "case"), _cases(), indirect=["kernel"])
+@pytest.mark.parametrize(("kernel", "case"), on_each_kernel(CASES), indirect=["kernel"])
 def test_case(kernel, case):
     arguments = case.arguments()
     result = run(arguments, implementation=kernel)

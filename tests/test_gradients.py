@@ -10,7 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from cases import FEATURES, HEAD_DIMS, Case
-from conftest import CPU, CUDA
+from conftest import on_each_kernel
 from jax.test_util import check_grads
 from tolerance import check_close, factor, jit_reference, low_precision
 
@@ -71,15 +71,7 @@ def by_definition(compute_dtype=None, **changes):
     return compute
 
 
-def _cases():
-    cpu = [pytest.param(CPU, case, id=f"cpu-{case}") for case in CASES]
-    cuda = [
-        pytest.param("cuda", case, id=f"cuda-{case}", marks=CUDA.marks) for case in CASES if case.dtype != "float32"
-    ]
-    return cpu + cuda
-
-
-@pytest.mark.parametrize(("kernel", "case"), _cases(), indirect=["kernel"])
+@pytest.mark.parametrize(("kernel", "case"), on_each_kernel(CASES), indirect=["kernel"])
 def test_gradients(kernel, case):
     arguments = case.arguments()
     result = gradients(arguments, by_kernel(kernel))
@@ -89,7 +81,7 @@ def test_gradients(kernel, case):
         truth = gradients(arguments, by_definition(out_dtype="float64"), quick)
     assert result.keys() == truth.keys()
     for name in result:
-        assert result[name].dtype == arguments[name].dtype if name != "softmax_scale" else np.float32
+        assert result[name].dtype == (np.float32 if name == "softmax_scale" else arguments[name].dtype)
         check_close(f"d{name}", result[name], low[name], np.asarray(truth[name]), factor(arguments))
 
 
