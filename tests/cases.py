@@ -9,6 +9,8 @@ import zlib
 import ml_dtypes
 import numpy as np
 
+from jax_flash.__main__ import PACKED_LENGTHS
+
 DTYPES = {
     "float16": np.dtype(np.float16),
     "bfloat16": np.dtype(ml_dtypes.bfloat16),
@@ -147,15 +149,12 @@ FA3 = [
     _fa3(index, q_len, k_len, packed) for packed in (False, True) for index, (q_len, k_len) in enumerate(FA3_LENGTHS)
 ]
 
-# 84 sequences of the lengths that a tagger's batch has: many of 64 or less, one of 1680, 5040 tokens in all.
-_TOKENS = (64, 64, *(_rest := [38 + i % 5 for i in range(80)]), 1680, 5040 - 128 - sum(_rest) - 1680)
-
 EXAMPLES = [
     Case(
         id=f"example-fp8-packed-{kind}",
         dtype="float8_e4m3fn",
-        q_lens=_TOKENS,
-        k_lens=_TOKENS,
+        q_lens=PACKED_LENGTHS,
+        k_lens=PACKED_LENGTHS,
         packed_q=True,
         packed_k=True,
         tail=0,

@@ -46,11 +46,12 @@ def test_a_case_that_fails_is_told(capsys, monkeypatch, error):
     assert broken.endswith("FAIL")
 
 
-def test_tolerance_is_that_of_the_tests():
-    truth = np.linspace(-3, 3, 1001, dtype=np.float32)
-    low = truth.astype(np.float16)
-    rounding = np.abs((low + np.float16(0.3) - np.float16(0.3)).astype(np.float32) - truth).max()
-    assert command.tolerance(low, truth) == pytest.approx(2 * np.abs(low - truth).max() + 2 * rounding)
+def test_tolerance_is_flash_attention_3s():
+    truth = np.linspace(-3, 3, 1001)
+    low = truth.astype(np.float16) + np.float16(0.125)
+    rounding = np.abs((truth.astype(np.float16) + np.float16(0.3) - np.float16(0.3)).astype(np.float64) - truth).max()
+    assert 0 < rounding < 2**-9
+    assert command.tolerance(low, truth, 3) == pytest.approx(3 * np.abs(low - truth).max() + 2 * rounding)
 
 
 def test_info(capsys, monkeypatch, tmp_path):

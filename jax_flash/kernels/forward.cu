@@ -48,14 +48,12 @@ __device__ __forceinline__ void consume(SharedStorage& shared, const Operands& o
     if constexpr (spec::kSinks) sink = __ldg(operands.sinks + sequence * params.sinks_batch_stride + tile.head);
 
     Output o = {};
-    Softmax softmax;
-    softmax.reset();
-    const float scale_log2 = scale_in_base_2(scale, params);
+    Softmax softmax(scale, params);
     if (!range.empty()) consumer.run(tile, range, scale, o, softmax);
 
     float factor[kRowsPerThread];
     float lse[kRowsPerThread];
-    softmax.finish(scale_log2, sink, factor, lse);
+    softmax.finish(sink, factor, lse);
 #pragma unroll
     for (int r = 0; r < kRowsPerThread; ++r) factor[r] *= v_scale;
     store_rows(tile, params, operands, warpgroup, o, factor, lse);

@@ -45,13 +45,6 @@ using Scores = float[spec::kTileN / 2];
 using Piece = float[spec::kTileV / 2];
 using Output = Piece[kPieces];
 
-// What a score, capped or not, is multiplied by to become an exponent of 2. Never 0, for a masked score is -inf; NaN
-// stays.
-__device__ __forceinline__ float scale_in_base_2(float scale, const Params& params) {
-  const float factor = (spec::kSoftcap ? params.softcap : fabsf(scale)) * kLog2E;
-  return factor < 1e-30f ? 1e-30f : factor;
-}
-
 class Consumer {
  public:
   __device__ __forceinline__ Consumer(SharedStorage& shared, const Params& params, int warpgroup)
@@ -65,7 +58,6 @@ class Consumer {
   // `o` becomes the sum of P V, not yet divided by the row sums in `softmax`.
   __device__ __forceinline__ void run(const Tile& tile, const KeyRange& range, float scale, Output& o,
                                       Softmax& softmax) {
-    scale_log2_ = scale_in_base_2(scale, params_);
     scale_over_softcap_ = fabsf(scale) / params_.softcap;
 
     shared_.q_pipe.full.wait(q_ring_.phase);
@@ -151,7 +143,7 @@ class Consumer {
                                                 Softmax& softmax, float (&rescale)[kRowsPerThread]) {
     if constexpr (spec::kSoftcap) cap_scores(s, scale_over_softcap_);
     if constexpr (kMasked) mask<spec::kTileN>(s, tile, range, params_, warpgroup_, block);
-    softmax.update(s, scale_log2_, rescale);
+    softmax.update(s, rescale);
   }
 
   // Adds P V to the output, runs `meanwhile` while the first piece is multiplied, and gives the buffer back.
@@ -233,7 +225,6 @@ class Consumer {
   Ring<1> q_ring_;
   Ring<spec::kStages> k_ring_;
   Ring<spec::kStages> v_ring_;
-  float scale_log2_;
   float scale_over_softcap_;
 };
 

@@ -4,6 +4,7 @@
 #include "fragment.cuh"
 #include "hopper/types.cuh"
 #include "hopper/warp.cuh"
+#include "params.h"
 #include "spec.h"
 
 namespace jax_flash {
@@ -12,10 +13,13 @@ namespace jax_flash {
 constexpr float kOffset = spec::Element::kBytes == 1 ? 8.0f : 0.0f;
 
 struct Softmax {
+  float scale_log2;  // what a score, capped or not, is multiplied by to become an exponent of 2
   float row_max[kRowsPerThread];
   float row_sum[kRowsPerThread];  // of this thread's columns, until finish()
 
-  __device__ __forceinline__ void reset() {
+  __device__ __forceinline__ Softmax(float scale, const Params& params) {
+    const float factor = (spec::kSoftcap ? params.softcap : fabsf(scale)) * kLog2E;
+    scale_log2 = factor < 1e-30f ? 1e-30f : factor;  // never 0, for a masked score is -inf; NaN stays
 #pragma unroll
     for (int r = 0; r < kRowsPerThread; ++r) {
       row_max[r] = -kInfinity;
@@ -25,7 +29,7 @@ struct Softmax {
 
   // Turns scores into probabilities 2^(scale * (s - max)) and tells by what to multiply what was summed up before.
   template <int kCount>
-  __device__ __forceinline__ void update(float (&s)[kCount], float scale_log2, float (&rescale)[kRowsPerThread]) {
+  __device__ __forceinline__ void update(float (&s)[kCount], float (&rescale)[kRowsPerThread]) {
 #pragma unroll
     for (int r = 0; r < kRowsPerThread; ++r) {
       float largest = row_max[r];
@@ -50,8 +54,7 @@ struct Softmax {
 
   // Ends the rows: `factor` is what the accumulated output is multiplied by, `lse` the natural log-sum-exp. A sink is
   // one more logit in the sum, with no value.
-  __device__ __forceinline__ void finish(float scale_log2, float sink, float (&factor)[kRowsPerThread],
-                                         float (&lse)[kRowsPerThread]) {
+  __device__ __forceinline__ void finish(float sink, float (&factor)[kRowsPerThread], float (&lse)[kRowsPerThread]) {
 #pragma unroll
     for (int r = 0; r < kRowsPerThread; ++r) {
       const float sum = quad_sum(row_sum[r]);
