@@ -151,7 +151,8 @@ def test_empty_batch_or_heads(implementation, q_shape, k_shape):
 
 
 def test_no_sequences(implementation):
-    q, k, cu_seqlens = jnp.ones((5, 6, 64)), jnp.ones((7, 2, 64)), jnp.zeros((1,), jnp.int32)
+    q, k = jnp.ones((5, 6, 64), jnp.float16), jnp.ones((7, 2, 64), jnp.float16)
+    cu_seqlens = jnp.zeros((1,), jnp.int32)
     out, lse = jax_flash.attention(
         q, k, k, cu_seqlens_q=cu_seqlens, cu_seqlens_k=cu_seqlens, return_lse=True, implementation=implementation
     )
