@@ -16,7 +16,7 @@ MAX_WINDOW = 2**30
 
 
 def canonical(call: Call) -> tuple[Attention, Operands]:
-    """What a checked call computes, and the arrays it computes it from."""
+    """What a checked call computes, and the arrays it computes it from; these have no gradient where q is FP8."""
     left, right = (-1, -1) if call.window_size is None else call.window_size
     attention = Attention(
         window_left=_window(left),
@@ -38,7 +38,21 @@ def canonical(call: Call) -> tuple[Attention, Operands]:
         seqused_q=_absent(np.int32) if call.seqused_q is None else jnp.asarray(call.seqused_q),
         seqused_k=_absent(np.int32) if call.seqused_k is None else jnp.asarray(call.seqused_k),
     )
+    if call.q.dtype == jnp.float8_e4m3fn:
+        operands = _without_gradient(operands)
     return attention, operands
+
+
+@jax.custom_jvp
+def _without_gradient(operands: Operands) -> Operands:
+    return operands
+
+
+@_without_gradient.defjvp
+def _refuse_gradient(primals, tangents):
+    raise NotImplementedError(
+        "attention of float8_e4m3fn inputs has no gradient; differentiate through float16 or bfloat16 q, k and v."
+    )
 
 
 def restore(call: Call, out: jax.Array, lse: jax.Array) -> jax.Array | tuple[jax.Array, jax.Array]:

@@ -28,10 +28,6 @@ def attend(attention: Attention, operands: Operands) -> tuple[jax.Array, jax.Arr
 
 
 def _attend_forward(attention: Attention, operands: Operands):
-    if operands.q.dtype == jnp.float8_e4m3fn:
-        raise NotImplementedError(
-            "attention of float8_e4m3fn inputs has no gradient; differentiate through float16 or bfloat16 q, k and v."
-        )
     out, lse = forward_p.bind(*operands, attention=dataclasses.replace(attention, return_lse=True))
     return (out, lse if attention.return_lse else jnp.zeros((0,), lse.dtype)), (operands, out, lse)
 
@@ -107,6 +103,9 @@ def _batch(primitive, arrays, axes, *, attention: Attention):
         x if axis is None else jax.ShapeDtypeStruct(np.delete(x.shape, axis), x.dtype)
         for x, axis in zip(arrays, axes, strict=True)
     ]
+    if size == 0:  # an empty array would look like an absent operand
+        results = jax.eval_shape(functools.partial(primitive.bind, attention=attention), *one)
+        return [jnp.zeros((0, *x.shape), x.dtype) for x in results], [0 for _ in results]
     batch = Operands(*one[: len(Operands._fields)]).batch
     names = (*Operands._fields, "dout", "lse", "delta")
     folded = [
@@ -186,6 +185,12 @@ def _for(platform, function):
     return mlir.lower_fun(checked, multiple_results=True)
 
 
+def _run(primitive, *arrays, attention: Attention):
+    """Calls outside jax.jit are compiled all the same; under jax.disable_jit too, for there is no other way to run."""
+    with jax.disable_jit(False):
+        return _compiled(primitive, attention)(*arrays)
+
+
 @functools.cache
 def _compiled(primitive, attention):
     return jax.jit(functools.partial(primitive.bind, attention=attention))
@@ -194,7 +199,7 @@ def _compiled(primitive, attention):
 def _primitive(name, abstract, *, cpu, cuda, elsewhere):
     primitive = core.Primitive(name)
     primitive.multiple_results = True
-    primitive.def_impl(lambda *arrays, attention: _compiled(primitive, attention)(*arrays))
+    primitive.def_impl(functools.partial(_run, primitive))
     primitive.def_abstract_eval(abstract)
     batching.primitive_batchers[primitive] = functools.partial(_batch, primitive)
     mlir.register_lowering(primitive, _for("cpu", cpu), platform="cpu")

@@ -75,8 +75,10 @@ def _forward(attention, operands, compute_dtype):
         total = jnp.where(seen, total, 1)
         if compute_dtype is not None:
             weights = _rounded(PROBABILITY_UNIT * weights, operands.q.dtype) / PROBABILITY_UNIT
+        used = rows.used[:, None, None, :, None]
         out = _columns(rows.v_scale) * _einsum("ghrqk,ghkd->ghrqd", weights / total, keys.v)
-        lse = jnp.where(seen & rows.used[:, None, None, :, None], top + jnp.log(total), -jnp.inf)
+        out = jnp.where(used, out, 0)  # is 0 already; keeps what a cotangent of the row holds from the gradients
+        lse = jnp.where(seen & used, top + jnp.log(total), -jnp.inf)
         return _by_row(out), _by_row(lse[..., 0])
 
     blocks = _blocks(rows, rows, keys)
@@ -198,7 +200,7 @@ def _locate(operands, x, cu_seqlens, seqused):
     search = functools.partial(jnp.searchsorted, side="right", method="compare_all")
     sequence = jax.vmap(search, in_axes=(0, None))(bounds, row) - 1
     sequence = jnp.clip(sequence, 0, count - 1).astype(jnp.int32)
-    position = row - jnp.take_along_axis(bounds, sequence, axis=1)
+    position = row[None] - jnp.take_along_axis(bounds, sequence, axis=1)
     used = (position >= 0) & (position < jnp.take_along_axis(lengths, sequence, axis=1))
     first = count * jnp.arange(groups, dtype=jnp.int32)[:, None]
     return jnp.where(used, first + sequence, -1), position, lengths.reshape(-1)

@@ -5,7 +5,9 @@ TypeError and ValueError: the request is wrong. NotImplementedError: it is right
 
 from __future__ import annotations
 
+import math
 import numbers
+import reprlib
 
 import jax
 import numpy as np
@@ -16,6 +18,9 @@ DTYPES = ("float16", "bfloat16", "float32", "float8_e4m3fn")
 FLOAT_DTYPES = ("float16", "bfloat16", "float32")
 IMPLEMENTATIONS = ("cuda", "cpu", "xla")
 MAX_HEAD_DIM = 256
+
+_SHORT = reprlib.Repr()
+_SHORT.maxlevel, _SHORT.maxlist, _SHORT.maxtuple = 2, 3, 3
 
 
 def check(call: Call) -> None:
@@ -28,20 +33,21 @@ def check(call: Call) -> None:
     _check_descales(call)
     _check_softmax(call)
     _check_out_dtype(call.out_dtype)
-    _check_bool("causal", call.causal)
-    _check_bool("return_lse", call.return_lse)
+    check_bool("causal", call.causal)
+    check_bool("return_lse", call.return_lse)
 
 
 def _check_implementation(implementation) -> None:
-    if implementation is not None and implementation not in IMPLEMENTATIONS:
-        raise ValueError(f"implementation must be None or one of {IMPLEMENTATIONS}, got {implementation!r}.")
+    if implementation is None or (isinstance(implementation, str) and implementation in IMPLEMENTATIONS):
+        return
+    raise ValueError(f"implementation must be None or one of {IMPLEMENTATIONS}, got {describe(implementation)}.")
 
 
 def _check_qkv(call: Call) -> None:
     for name in ("q", "k", "v"):
         x = getattr(call, name)
-        if not _is_array(x):
-            raise TypeError(f"{name} must be an array, got {_describe(x)}.")
+        if not is_array(x):
+            raise TypeError(f"{name} must be an array, got {describe(x)}.")
         if x.dtype.name not in DTYPES:
             raise TypeError(f"{name} must have one of the dtypes {DTYPES}, got {x.dtype.name}.")
         if x.dtype != call.q.dtype:
@@ -88,11 +94,11 @@ def _check_sequences(call: Call) -> None:
         if packed and cu_seqlens is None:
             raise ValueError(f"{name} must be given for packed {side} of shape {x.shape}, got None.")
         if not packed and cu_seqlens is not None:
-            raise ValueError(f"{name} is for packed {side} of shape (tokens, heads, head_dim), got shape {x.shape}.")
+            raise ValueError(
+                f"{name} is for packed {side} of shape (tokens, heads, head_dim), got {side} of shape {x.shape}."
+            )
         if packed:
-            _check_int32(name, cu_seqlens)
-            if cu_seqlens.ndim != 1 or not cu_seqlens.shape[0]:
-                raise ValueError(f"{name} must have shape (sequences + 1,), got shape {cu_seqlens.shape}.")
+            check_boundaries(name, cu_seqlens)
         _check_max_seqlen(f"max_seqlen_{side}", getattr(call, f"max_seqlen_{side}"))
 
     batch = call.batch
@@ -104,104 +110,140 @@ def _check_sequences(call: Call) -> None:
     if not call.packed_k and call.k.shape[0] != batch:
         raise ValueError(f"k must have a batch of {batch} for the {batch} sequences of q, got shape {call.k.shape}.")
     for name in ("seqused_q", "seqused_k"):
-        seqused = getattr(call, name)
-        if seqused is not None:
-            _check_int32(name, seqused)
-            if seqused.shape != (batch,):
-                raise ValueError(
-                    f"{name} must have shape ({batch},), one length a sequence, got shape {seqused.shape}."
-                )
+        if getattr(call, name) is not None:
+            check_lengths(name, getattr(call, name), (batch,))
+
+
+def check_boundaries(name, x) -> None:
+    """Checks boundaries of packed sequences."""
+    _check_int32(name, x)
+    if x.ndim != 1 or not x.shape[0]:
+        raise ValueError(f"{name} must have shape (sequences + 1,), got shape {x.shape}.")
+
+
+def check_lengths(name, x, batch) -> None:
+    """Checks lengths of sequences."""
+    _check_int32(name, x)
+    if x.shape != batch:
+        raise ValueError(f"{name} must have shape {batch}, one length a sequence, got shape {x.shape}.")
 
 
 def _check_int32(name, x) -> None:
-    if not _is_array(x) or x.dtype != np.int32:
-        raise TypeError(f"{name} must be an int32 array, got {_describe(x)}.")
+    if not is_array(x) or x.dtype != np.int32:
+        raise TypeError(f"{name} must be an int32 array, got {describe(x)}.")
+
+
+def check_positive(name, x) -> None:
+    """Checks a number of heads, features and the like."""
+    if not _is_int(x):
+        raise TypeError(f"{name} must be a Python int, got {describe(x)}.")
+    if x < 1:
+        raise ValueError(f"{name} must be at least 1, got {_SHORT.repr(x)}.")
 
 
 def _check_max_seqlen(name, x) -> None:
     if x is None:
         return
     if not _is_int(x):
-        raise TypeError(f"{name} must be a Python int known while tracing, or None, got {_describe(x)}.")
+        raise TypeError(f"{name} must be a Python int known while tracing, or None, got {describe(x)}.")
     if x < 0:
-        raise ValueError(f"{name} must be 0 or more, got {x}.")
+        raise ValueError(f"{name} must be 0 or more, got {_SHORT.repr(x)}.")
 
 
 def _check_descales(call: Call) -> None:
     batch, heads, kv_heads = call.batch, call.q.shape[-2], call.k.shape[-2]
     shapes = ((), (batch,), (batch, kv_heads))
-    for name, allowed in (("q", (*shapes, (batch, heads))), ("k", shapes), ("v", shapes)):
-        descale = getattr(call, f"{name}_descale")
-        if descale is None or _is_real(descale):
-            continue
-        if not _is_array(descale) or descale.dtype != np.float32:
-            raise TypeError(f"{name}_descale must be a Python float or a float32 array, got {_describe(descale)}.")
-        if descale.shape not in allowed:
-            words = " or ".join(map(str, dict.fromkeys(allowed)))
-            raise ValueError(f"{name}_descale must have shape {words}, got shape {descale.shape}.")
+    _check_factor("q_descale", call.q_descale, (*shapes, (batch, heads)))
+    _check_factor("k_descale", call.k_descale, shapes)
+    _check_factor("v_descale", call.v_descale, shapes)
+
+
+def _check_factor(name, x, shapes) -> None:
+    if x is None:
+        return
+    if is_real(x):
+        if not _fits_float32(x):
+            raise ValueError(f"{name} must fit a float32, got {_SHORT.repr(x)}.")
+    elif not is_array(x) or x.dtype != np.float32:
+        raise TypeError(f"{name} must be a Python float or a float32 array, got {describe(x)}.")
+    elif x.shape not in shapes:
+        words = " or ".join(map(str, dict.fromkeys(shapes)))
+        raise ValueError(f"{name} must have shape {words}, got shape {x.shape}.")
 
 
 def _check_softmax(call: Call) -> None:
-    scale = call.softmax_scale
-    if scale is not None and not _is_real(scale):
-        if not _is_array(scale) or scale.dtype != np.float32:
-            raise TypeError(f"softmax_scale must be a Python float or a float32 scalar, got {_describe(scale)}.")
-        if scale.shape != ():
-            raise ValueError(f"softmax_scale must be a scalar, got shape {scale.shape}.")
-
-    if not _is_real(call.softcap):
-        raise TypeError(f"softcap must be a Python float known while tracing, got {_describe(call.softcap)}.")
-    if call.softcap and not float(np.finfo(np.float32).tiny) <= call.softcap <= float(np.finfo(np.float32).max):
-        raise ValueError(f"softcap must be 0 (off) or a positive, normal float32, got {call.softcap}.")
+    _check_factor("softmax_scale", call.softmax_scale, ((),))
+    if not is_real(call.softcap):
+        raise TypeError(f"softcap must be a Python float known while tracing, got {describe(call.softcap)}.")
+    if call.softcap and not (_fits_float32(call.softcap) and np.finfo(np.float32).tiny <= float(call.softcap) < np.inf):
+        raise ValueError(f"softcap must be 0 (off) or a positive, normal float32, got {_SHORT.repr(call.softcap)}.")
 
     window = call.window_size
     if window is not None:
         pair = isinstance(window, (tuple, list)) and len(window) == 2
         if not pair or not all(side is None or _is_int(side) for side in window):
-            raise TypeError(f"window_size must be a pair (left, right) of ints or None, got {_describe(window)}.")
+            raise TypeError(f"window_size must be a pair (left, right) of ints or None, got {describe(window)}.")
         if any(side is not None and side < -1 for side in window):
-            raise ValueError(f"window_size must have entries of -1 (unbounded) or more, got {window}.")
+            raise ValueError(f"window_size must have entries of -1 (unbounded) or more, got {_SHORT.repr(window)}.")
 
     if call.sinks is not None:
-        if not _is_array(call.sinks) or call.sinks.dtype.name not in FLOAT_DTYPES:
-            raise TypeError(f"sinks must be an array of one of the dtypes {FLOAT_DTYPES}, got {_describe(call.sinks)}.")
+        if not is_array(call.sinks) or call.sinks.dtype.name not in FLOAT_DTYPES:
+            raise TypeError(f"sinks must be an array of one of the dtypes {FLOAT_DTYPES}, got {describe(call.sinks)}.")
         heads = call.q.shape[-2]
         if call.sinks.shape != (heads,):
             raise ValueError(f"sinks must have shape ({heads},), one logit a query head, got shape {call.sinks.shape}.")
 
 
 def _check_out_dtype(out_dtype) -> None:
-    if out_dtype is None:
-        return
-    try:
-        name = np.dtype(out_dtype).name
-    except TypeError:
-        name = repr(out_dtype)
-    if name not in FLOAT_DTYPES:
+    if out_dtype is not None and dtype_name(out_dtype) not in FLOAT_DTYPES:
+        name = dtype_name(out_dtype) or describe(out_dtype)
         raise TypeError(f"out_dtype must be None or one of {FLOAT_DTYPES}, got {name}.")
 
 
-def _check_bool(name, x) -> None:
+def dtype_name(x) -> str | None:
+    """The name of a dtype, however it is spelled; None where x is none. An array is none, though it has one."""
+    if not isinstance(x, (str, type, np.dtype)):
+        return None
+    try:
+        return np.dtype(x).name
+    except (TypeError, ValueError):
+        return None
+
+
+def check_bool(name, x) -> None:
+    """Checks a flag."""
     if not isinstance(x, (bool, np.bool_)):
-        raise TypeError(f"{name} must be a Python bool known while tracing, got {_describe(x)}.")
+        raise TypeError(f"{name} must be a Python bool known while tracing, got {describe(x)}.")
 
 
-def _is_array(x) -> bool:
-    return isinstance(x, (jax.Array, np.ndarray))
+def is_array(x) -> bool:
+    """Whether JAX takes x as an array as it is: neither masked nor of foreign byte order."""
+    return isinstance(x, (jax.Array, np.ndarray)) and not isinstance(x, np.ma.MaskedArray) and x.dtype.isnative
 
 
 def _is_int(x) -> bool:
     return isinstance(x, numbers.Integral) and not isinstance(x, bool)
 
 
-def _is_real(x) -> bool:
+def is_real(x) -> bool:
     return isinstance(x, numbers.Real) and not isinstance(x, bool)
 
 
-def _describe(x) -> str:
+def _fits_float32(x) -> bool:
+    """Whether a real number stays finite as a float32, or was not finite before."""
+    try:
+        return not math.isfinite(x) or abs(float(x)) <= float(np.finfo(np.float32).max)
+    except OverflowError:  # an int that is too large for any float
+        return False
+
+
+def describe(x) -> str:
     """An argument in an error message: what matters of an array is its dtype and shape, not its values."""
     if isinstance(x, jax.core.Tracer):
         return f"a traced {x.dtype.name} array of shape {x.shape}"
-    if _is_array(x):
-        return f"{'an' if x.dtype.name.startswith('int') else 'a'} {x.dtype.name} array of shape {x.shape}"
-    return f"{x!r} of type {type(x).__name__}"
+    if isinstance(x, (jax.Array, np.ndarray)):
+        kind = "masked " if isinstance(x, np.ma.MaskedArray) else ""
+        kind += "" if x.dtype.isnative else "byte-swapped "
+        kind += x.dtype.name
+        return f"{'an' if kind.startswith('int') else 'a'} {kind} array of shape {x.shape}"
+    return f"{_SHORT.repr(x)} of type {type(x).__name__}"

@@ -250,6 +250,30 @@ FEATURES = [
     )
 ]
 
+SCALES = [
+    Case(id=f"{dtype}-scale-{scale}", dtype=dtype, softmax_scale=scale, causal=True, k_lens=(150, 150, 150), **more)
+    for dtype, scale, more in (
+        ("bfloat16", -0.1, {"head_dim": 128}),
+        ("float16", -0.3, {"softcap": 3.0, "sinks": True}),
+        ("float32", -0.2, {"packed_k": True}),
+        ("float8_e4m3fn", -0.1, {"descales": "head"}),
+        ("bfloat16", 0.0, {"packed_q": True}),
+        ("float32", 0.0, {}),
+        ("float8_e4m3fn", 0.0, {}),
+    )
+]
+
+# As good as unbounded, and not to be added to a position in 32 bits.
+WINDOWS = [
+    Case(id=f"{dtype}-window-{left}-{right}", dtype=dtype, window_size=(left, right), packed_k=dtype == "float16")
+    for dtype, left, right in (
+        ("bfloat16", 2**31 - 1, 3),
+        ("float16", 5, 2**31 - 1),
+        ("float32", 2**31 - 20, 2**40),
+        ("float8_e4m3fn", 2**40, 2**31 - 20),
+    )
+]
+
 OUT_DTYPES = [
     Case(id=f"{dtype}-to-{out_dtype}", dtype=dtype, out_dtype=out_dtype, descales=descales, return_lse=False)
     for dtype, out_dtype, descales in (
@@ -262,4 +286,4 @@ OUT_DTYPES = [
     )
 ]
 
-CASES = [*EXAMPLES, *FA3, *HEAD_DIMS, *FEATURES, *OUT_DTYPES]
+CASES = [*EXAMPLES, *FA3, *HEAD_DIMS, *FEATURES, *SCALES, *WINDOWS, *OUT_DTYPES]

@@ -115,14 +115,33 @@ def test_definition_has_the_gradients_of_finite_differences(packed):
         check_grads(compute, floats, order=1, modes=["rev"], atol=1e-3, rtol=1e-3, eps=1e-2)
 
 
-def test_fp8_has_no_gradient(kernel):
-    q, k, v = (jnp.ones((2, 9, 4, 32), jnp.float8_e4m3fn) for _ in range(3))
+@pytest.mark.parametrize("q_len", [9, 0])
+def test_fp8_has_no_gradient(implementation, q_len):
+    q, k, v = (jnp.ones((2, length, 4, 32), jnp.float8_e4m3fn) for length in (q_len, 9, 9))
 
-    def loss(scale):
-        return jax_flash.attention(q, k, v, softmax_scale=scale, implementation=kernel).astype(jnp.float32).sum()
+    def loss(q, scale):
+        out = jax_flash.attention(q, k, v, softmax_scale=scale, implementation=implementation)
+        return out.astype(jnp.float32).sum()
 
-    with pytest.raises(NotImplementedError, match="float8_e4m3fn inputs has no gradient"):
-        jax.grad(loss)(jnp.float32(0.2))
+    for argument in (0, 1):
+        with pytest.raises(NotImplementedError, match="float8_e4m3fn inputs has no gradient"):
+            jax.grad(loss, argument)(q, jnp.float32(0.2))
+    assert jax.grad(lambda scale: loss(*jax.lax.stop_gradient((q, scale))))(jnp.float32(0.2)) == 0
+
+
+def test_nan_cotangents_of_unused_rows_do_not_spread(implementation):
+    """A NaN where a row of zeros is differentiated, as by a norm, and the result thrown away."""
+    case = Case(id="unused", seqused_q=(9, 37, 0), seqused_k=(50, 20, 53), sinks=True, softmax_scale=0.2)
+    arguments = case.arguments()
+    used = np.arange(37)[:, None, None] < np.array(case.seqused_q)[:, None, None, None]
+
+    def results(call):
+        out, lse = by_kernel(implementation)(call)
+        norm = jnp.sqrt(jnp.square(out.astype(jnp.float32)).sum(-1, keepdims=True))
+        return jnp.where(used, norm, 0), lse
+
+    for name, gradient in gradients(arguments, results).items():
+        assert not np.isnan(np.asarray(gradient, np.float32)).any(), name
 
 
 @pytest.mark.parametrize("packed", [False, True])

@@ -197,78 +197,6 @@ def test_attention_fn_drops_nothing_when_deterministic(framework):
     np.testing.assert_array_equal(plain.apply(plain.params, x), dropping.apply(plain.params, x))
 
 
-ARRAYS = dict.fromkeys(("query", "key", "value"), np.ones((2, 3, 7, 4, 16), np.float32))
-BAD = {
-    "bias": ({"bias": np.zeros((7, 7))}, NotImplementedError, "bias must be None, got one of type ndarray: no kernel"),
-    "mask": (
-        {"mask": np.ones((7, 7), bool)},
-        NotImplementedError,
-        "mask must be None, got .* causal=True, window_size=, and lengths with seqused_q= and seqused_k=",
-    ),
-    "dropout": (
-        {"dropout_rate": 0.25},
-        NotImplementedError,
-        "dropout_rate must be 0 unless deterministic is True, got 0.25",
-    ),
-    "module": ({"module": object()}, NotImplementedError, "module must be None, got one of type object: .* sow"),
-    "einsum-of-scores": (
-        {"qk_attn_weights_einsum": jnp.einsum},
-        NotImplementedError,
-        "^qk_attn_weights_einsum must be",
-    ),
-    "einsum-of-values": ({"attn_weights_value_einsum": jnp.einsum}, NotImplementedError, "^attn_weights_value_einsum"),
-    "is-causal-lengths": (
-        {name: np.ones((2, 3, 9, 4, 16), np.float32) for name in ("key", "value")} | {"is_causal": True},
-        NotImplementedError,
-        "is_causal needs as many queries as keys, got 7 and 9: .* say causal=True",
-    ),
-    "is-causal-seqused": (
-        {"seqused_k": np.ones((2, 3), np.int32), "is_causal": True},
-        NotImplementedError,
-        "is_causal needs seqused_q where seqused_k is given, got None",
-    ),
-    "batch-of-key": (
-        {"key": np.ones((3, 2, 7, 4, 16), np.float32)},
-        ValueError,
-        r"key must have the batch dimensions of query, \(2, 3\), got shape \(3, 2, 7, 4, 16\)",
-    ),
-    "rank": (
-        {"query": np.ones((4, 16))},
-        ValueError,
-        r"query must have shape \(batch.., length, .* got shape \(4, 16\)",
-    ),
-    "seqused": (
-        {"seqused_k": np.ones((3, 2), np.int32)},
-        ValueError,
-        r"seqused_k must have shape \(2, 3\), one length a sequence, got shape \(3, 2\)",
-    ),
-}
-
-
-@pytest.mark.parametrize(("changes", "error", "message"), BAD.values(), ids=BAD)
-def test_attention_fn_refuses(changes, error, message):
-    with pytest.raises(error, match=message):
-        jax.eval_shape(lambda: attention_fn(**(ARRAYS | changes)))
-
-
-@in_each_framework
-@pytest.mark.parametrize(
-    ("fields", "call", "message"),
-    [
-        ({}, {"mask": np.ones((LENGTH, LENGTH), bool)}, "^mask must be None"),
-        ({"dropout_rate": 0.25, "deterministic": False}, {}, "^dropout_rate must be 0"),
-        ({}, {"sow_weights": True}, "^module must be None"),
-    ],
-)
-def test_flax_modules_pass_the_refusal_on(framework, fields, call, message):
-    def attend():
-        layer = flax_attention(framework, attention_fn=attention_fn, **fields)
-        layer.apply(layer.params, random(*BATCH, LENGTH, FEATURES), **call)
-
-    with pytest.raises(NotImplementedError, match=message):
-        attend()
-
-
 # FlashAttention
 
 
@@ -333,35 +261,6 @@ def test_module_is_the_definition(kernel, dtype, framework, fields, call):
 def test_parameters_are_those_of_flax(framework):
     ours, expected = flash_attention(framework).params, flax_attention(framework).params
     jax.tree.map(np.testing.assert_array_equal, ours, expected)
-
-
-@in_each_framework
-@pytest.mark.parametrize(
-    ("fields", "message"),
-    [
-        ({"num_heads": 6, "num_kv_heads": 4}, "num_heads must be a positive multiple of num_kv_heads, got 6 and 4"),
-        ({"num_heads": 0}, "num_heads must be a positive multiple of num_kv_heads, got 0 and 0"),
-        ({"num_heads": 5, "head_dim": None}, "head_dim must be given where .* got 5 heads and 48 features"),
-    ],
-)
-def test_module_refuses_fields(framework, fields, message):
-    with pytest.raises(ValueError, match=message):
-        flash_attention(framework, **fields)
-
-
-@in_each_framework
-@pytest.mark.parametrize(
-    ("shape", "call", "message"),
-    [
-        ((2, 3, 5, FEATURES), {}, r"x must have shape .* got shape \(2, 3, 5, 48\)"),
-        ((5, FEATURES), {}, r"cu_seqlens must be given for packed x of shape \(5, 48\), got None"),
-        ((3, 5, FEATURES), {"cu_seqlens": np.arange(4, dtype=np.int32)}, r"cu_seqlens is for packed x .* \(3, 5, 48\)"),
-    ],
-)
-def test_module_refuses_arguments(framework, shape, call, message):
-    layer = flash_attention(framework)
-    with pytest.raises(ValueError, match=message):
-        layer.apply(layer.params, np.ones(shape, np.float32), **call)
 
 
 # Imports

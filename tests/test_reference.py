@@ -44,7 +44,7 @@ def naive(arguments: dict):
     left, right = arguments.get("window_size", (-1, -1))
     right = 0 if arguments.get("causal") else right
     softcap = arguments.get("softcap", 0)
-    scale = arguments.get("softmax_scale") or q.shape[-1] ** -0.5
+    scale = arguments.get("softmax_scale", q.shape[-1] ** -0.5)
     descale = {
         name: np.broadcast_to(np.array(arguments.get(f"{name}_descale", 1.0), ndmin=0), (batch, heads))
         if np.ndim(arguments.get(f"{name}_descale", 1.0)) == 0

@@ -208,6 +208,44 @@ def test_traced_softmax_scale(implementation, layout):
     check_equal(traced, jax.jit(lambda: function(arrays | {"softmax_scale": 0.125}))())
 
 
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_vmap_over_nothing(implementation, layout):
+    case = LAYOUTS[layout]
+    arrays = arrays_of(case)
+    arrays["q"] = np.zeros((*arrays["q"].shape[:2], 0, *arrays["q"].shape[2:]), np.float16)
+    axes = dict.fromkeys(arrays) | {"q": 2}
+    function = attend(case, implementation)
+    out, lse = jax.vmap(function, in_axes=(axes,))(arrays)
+    assert (out.shape, lse.shape) == tuple((0, *x.shape) for x in jax.eval_shape(function, arrays_of(case)))
+    gradients = jax.vmap(gradient_of(function), in_axes=(axes,))(arrays)
+    assert {x.shape[0] for x in gradients.values()} == {0}
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_without_jit(implementation, layout):
+    case = LAYOUTS[layout]
+    function, arrays = gradient_of(attend(case, implementation)), arrays_of(case)
+    with jax.disable_jit():
+        result = function(arrays)
+    check_equal(result, jax.jit(function)(arrays))
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_under_x64(kernel, layout):
+    case = LAYOUTS[layout]
+    function, arrays = gradient_of(attend(case, kernel)), arrays_of(case)
+    with jax.enable_x64(True):
+        result = jax.jit(function)(arrays)
+    check_equal(result, jax.jit(function)(arrays))
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_ranks_are_not_promoted(implementation, layout):
+    case = LAYOUTS[layout]
+    with jax.numpy_rank_promotion("raise"):
+        jax.eval_shape(gradient_of(attend(case, implementation)), arrays_of(case))
+
+
 def test_vmap_without_lse(kernel):
     q, k, v = (
         jax.random.normal(key, (3, 2, 17, 4, 32), jnp.bfloat16) for key in jax.random.split(jax.random.key(0), 3)

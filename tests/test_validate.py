@@ -45,6 +45,21 @@ def ints(*shape):
 BAD = {
     # q, k and v
     "q-not-array": (dense(q=[[1.0]]), TypeError, r"q must be an array, got \[\[1.0\]\] of type list"),
+    "q-long-list": (
+        dense(q=np.ones((4, 90, 80, 70)).tolist()),
+        TypeError,
+        r"q must be an array, got \[\[\[...\], .{,99} of type list",
+    ),
+    "q-masked": (
+        dense(q=np.ma.ones((3, 5, 6, 32), np.float32)),
+        TypeError,
+        r"q must be an array, got a masked float32 array of shape \(3, 5, 6, 32\)",
+    ),
+    "q-byte-order": (
+        dense(q=np.ones((3, 5, 6, 32), np.dtype(np.float32).newbyteorder())),
+        TypeError,
+        r"q must be an array, got a byte-swapped float32 array of shape \(3, 5, 6, 32\)",
+    ),
     "dtype": (dense("int32"), TypeError, r"q must have one of the dtypes .*'float8_e4m3fn'.*, got int32"),
     "fp8-e5m2": (dense("float8_e5m2"), TypeError, "q must have one of the dtypes .* got float8_e5m2"),
     "dtype-mix-k": (
@@ -91,12 +106,17 @@ BAD = {
     # Sequences
     "cu-missing-q": (packed(cu_seqlens_q=None), ValueError, "cu_seqlens_q must be given for packed q .* got None"),
     "cu-missing-k": (packed(cu_seqlens_k=None), ValueError, "cu_seqlens_k must be given for packed k .* got None"),
-    "cu-dense-q": (dense(cu_seqlens_q=ints(4)), ValueError, "cu_seqlens_q is for packed q .* got shape"),
-    "cu-dense-k": (dense(cu_seqlens_k=ints(4)), ValueError, "cu_seqlens_k is for packed k .* got shape"),
+    "cu-dense-q": (dense(cu_seqlens_q=ints(4)), ValueError, "cu_seqlens_q is for packed q .* got q of shape"),
+    "cu-dense-k": (dense(cu_seqlens_k=ints(4)), ValueError, "cu_seqlens_k is for packed k .* got k of shape"),
     "cu-dtype": (
         packed(cu_seqlens_q=np.zeros(4, np.int64)),
         TypeError,
         r"cu_seqlens_q must be an int32 array, got an int64 array of shape \(4,\)",
+    ),
+    "cu-byte-order": (
+        packed(cu_seqlens_q=np.zeros(4, np.dtype(np.int32).newbyteorder())),
+        TypeError,
+        "cu_seqlens_q must be an int32 array, got a byte-swapped int32 array",
     ),
     "cu-list": (packed(cu_seqlens_k=[0, 7]), TypeError, "cu_seqlens_k must be an int32 array, got .* of type list"),
     "cu-rank": (packed(cu_seqlens_q=ints(2, 4)), ValueError, r"cu_seqlens_q must have shape \(sequences \+ 1,\)"),
@@ -148,15 +168,18 @@ BAD = {
         TypeError,
         "v_descale must be .*float32 array, got .* of type list",
     ),
-    "scale-type": (dense(softmax_scale="1"), TypeError, "softmax_scale must be a Python float or a float32 scalar"),
+    "scale-type": (dense(softmax_scale="1"), TypeError, "softmax_scale must be a Python float or a float32 array"),
+    "scale-overflow": (dense(softmax_scale=10**400), ValueError, "softmax_scale must fit a float32, got 1000"),
+    "descale-overflow": (dense(v_descale=1e39), ValueError, r"v_descale must fit a float32, got 1e\+39"),
     "scale-dtype": (dense(softmax_scale=ints()), TypeError, "softmax_scale must be .* got an int32 array"),
-    "scale-shape": (dense(softmax_scale=zeros(3)), ValueError, r"softmax_scale must be a scalar, got shape \(3,\)"),
+    "scale-shape": (dense(softmax_scale=zeros(3)), ValueError, r"softmax_scale must have shape \(\), got shape \(3,\)"),
     "softcap-type": (dense(softcap=None), TypeError, "softcap must be a Python float .* got None of type NoneType"),
     "softcap-array": (dense(softcap=zeros()), TypeError, "softcap must be a Python float .* got a float32 array"),
     "softcap-negative": (dense(softcap=-1.0), ValueError, r"softcap must be 0 \(off\) or a positive, .* got -1"),
     "softcap-nan": (dense(softcap=float("nan")), ValueError, "softcap must be .* normal float32, got nan"),
     "softcap-subnormal": (dense(softcap=1e-40), ValueError, "softcap must be .* normal float32, got 1e-40"),
     "softcap-overflow": (dense(softcap=1e39), ValueError, "softcap must be .* normal float32, got 1e\\+39"),
+    "softcap-infinite": (dense(softcap=np.inf), ValueError, "softcap must be .* normal float32, got inf"),
     "window-int": (dense(window_size=5), TypeError, r"window_size must be a pair \(left, right\) .* got 5 of type int"),
     "window-three": (dense(window_size=(1, 2, 3)), TypeError, "window_size must be a pair"),
     "window-float": (dense(window_size=(1.0, 2)), TypeError, "window_size must be a pair"),
@@ -174,6 +197,13 @@ BAD = {
     "out-dtype": (dense(out_dtype="float64"), TypeError, "out_dtype must be None or one of .* got float64"),
     "out-dtype-fp8": (dense(out_dtype=jnp.float8_e4m3fn), TypeError, "out_dtype must be .* got float8_e4m3fn"),
     "out-dtype-nonsense": (dense(out_dtype="no"), TypeError, "out_dtype must be .* got 'no'"),
+    "out-dtype-array": (dense(out_dtype=np.float32(1)), TypeError, "out_dtype must be .* of type float32"),
+    "out-dtype-list": (dense(out_dtype=[]), TypeError, r"out_dtype must be .* got \[\] of type list"),
+    "implementation-array": (
+        dense(implementation=np.array(["cpu", "xla"])),
+        ValueError,
+        "implementation must be None or one of .*, got a .* array of shape",
+    ),
     "implementation": (
         dense(implementation="cudnn"),
         ValueError,
@@ -231,6 +261,19 @@ def test_head_dim(dtype, head_dim, head_dim_v, match):
     assert jax_flash.attention(q, k, v, implementation="xla").shape == v.shape
 
 
+def test_cuda_needs_a_gpu(monkeypatch):
+    devices = jax.devices
+
+    def without_cuda(platform=None):
+        if platform == "cuda":
+            raise RuntimeError("Unknown backend cuda")
+        return devices(platform)
+
+    monkeypatch.setattr(jax, "devices", without_cuda)
+    with pytest.raises(NotImplementedError, match=r"'cuda' cannot run here: JAX sees no CUDA GPU\.$"):
+        jax_flash.attention(**dense(), implementation="cuda")
+
+
 @pytest.mark.parametrize(
     "reason",
     [
@@ -260,7 +303,7 @@ def test_good_input():
     shape = (BATCH, Q_LEN, HEADS, HEAD_DIM)
     more = {
         "window_size": [None, np.int64(3)],
-        "softcap": 30,
+        "softcap": np.float16(30),
         "softmax_scale": np.float64(0.1),
         "sinks": zeros(HEADS, dtype=jnp.bfloat16),
         "q_descale": zeros(BATCH, HEADS),

@@ -13,7 +13,7 @@ import jax
 import jax.numpy as jnp
 from jax.typing import DTypeLike
 
-from jax_flash import api
+from jax_flash import api, validate
 
 __all__ = ["attention_fn", "linen", "nnx"]
 
@@ -105,9 +105,12 @@ def attention_fn(
     _must_be_none("module", module, "attention weights are never in memory, so sow_weights has none to sow")
     _must_be_none("qk_attn_weights_einsum", qk_attn_weights_einsum, "no kernel here calls it")
     _must_be_none("attn_weights_value_einsum", attn_weights_value_einsum, "no kernel here calls it")
-    if dropout_rate > 0 and not deterministic:
+    validate.check_bool("deterministic", deterministic)
+    validate.check_bool("is_causal", is_causal)
+    if not (deterministic or (validate.is_real(dropout_rate) and dropout_rate == 0)):
         raise NotImplementedError(
-            f"dropout_rate must be 0 unless deterministic is True, got {dropout_rate}: no kernel here drops weights."
+            f"dropout_rate must be 0 unless deterministic is True, got {validate.describe(dropout_rate)}: no kernel "
+            f"here drops weights."
         )
 
     batch = _batch(query, key, value)
@@ -123,6 +126,8 @@ def attention_fn(
             f"is_causal needs {missing} where {given} is given, got None: kernels here line up the last used query "
             f"with the last used key."
         )
+    if dtype is not None and validate.dtype_name(dtype) is None:
+        raise TypeError(f"dtype must be None or a dtype, got {validate.describe(dtype)}.")
     dtype = jnp.result_type(query, key, value) if dtype is None else dtype
 
     def folded(x):
@@ -131,9 +136,7 @@ def attention_fn(
     def lengths(name, seqused):
         if seqused is None:
             return None
-        seqused = jnp.asarray(seqused)
-        if seqused.shape != batch:
-            raise ValueError(f"{name} must have shape {batch}, one length a sequence, got shape {seqused.shape}.")
+        validate.check_lengths(name, seqused, batch)
         return seqused.reshape(-1)
 
     out = api.attention(
@@ -159,8 +162,10 @@ def _must_be_none(name: str, given: Any, reason: str) -> None:
 
 def _batch(query: jax.Array, key: jax.Array, value: jax.Array) -> tuple[int, ...]:
     """The batch dimensions. Folded ones would hide that they differ, so that is checked here."""
-    batch = query.shape[:-3]
     for name, x in (("query", query), ("key", key), ("value", value)):
+        if not validate.is_array(x):
+            raise TypeError(f"{name} must be an array, got {validate.describe(x)}.")
+        batch = query.shape[:-3]
         if x.ndim < 3:
             raise ValueError(f"{name} must have shape (batch.., length, heads, head_dim), got shape {x.shape}.")
         if x.shape[:-3] != batch:

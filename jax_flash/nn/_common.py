@@ -6,8 +6,9 @@ from collections.abc import Callable, Mapping
 from typing import Protocol
 
 import jax
+from jax.typing import DTypeLike
 
-from jax_flash import api
+from jax_flash import api, validate
 
 NEEDS_FLAX = "{} needs flax; install it with: pip install 'jax-flash[flax]'."
 
@@ -26,15 +27,21 @@ class Fields(Protocol):
     causal: bool
     window_size: tuple[int | None, int | None] | None
     softcap: float
+    dtype: DTypeLike | None
     implementation: str | None
 
 
 def projections(module: Fields, features: int) -> dict[str, tuple[tuple[int, ...], tuple[int, ...]]]:
     """Name, input dims and output dims of each projection, named and shaped as in Flax's multi-head modules."""
+    for name in ("num_heads", "num_kv_heads", "head_dim", "out_features"):
+        if getattr(module, name) is not None:
+            validate.check_positive(name, getattr(module, name))
+    validate.check_positive("features of x", features)
+    _check_dtype(module.dtype)
     num_heads = module.num_heads
     num_kv_heads = num_heads if module.num_kv_heads is None else module.num_kv_heads
-    if num_heads < 1 or num_kv_heads < 1 or num_heads % num_kv_heads:
-        raise ValueError(f"num_heads must be a positive multiple of num_kv_heads, got {num_heads} and {num_kv_heads}.")
+    if num_heads % num_kv_heads:
+        raise ValueError(f"num_heads must be a multiple of num_kv_heads, got {num_heads} and {num_kv_heads}.")
     if module.head_dim is None and features % num_heads:
         raise ValueError(
             f"head_dim must be given where num_heads does not divide the features of x, got {num_heads} heads and "
@@ -50,6 +57,39 @@ def projections(module: Fields, features: int) -> dict[str, tuple[tuple[int, ...
     }
 
 
+def _check_dtype(dtype) -> None:
+    if dtype is None:
+        return
+    name = validate.dtype_name(dtype)
+    if name == "float8_e4m3fn":
+        raise NotImplementedError(
+            "dtype must be float16, bfloat16 or float32, got float8_e4m3fn: the modules do not scale what they project "
+            "to its range; jax_flash.attention takes it."
+        )
+    if name not in validate.FLOAT_DTYPES:
+        got = name or validate.describe(dtype)
+        raise TypeError(f"dtype must be None or one of {validate.FLOAT_DTYPES}, got {got}.")
+
+
+def check_arguments(x, cu_seqlens, seqused) -> None:
+    """Checks what a module is called with."""
+    if not validate.is_array(x):
+        raise TypeError(f"x must be an array, got {validate.describe(x)}.")
+    if x.ndim not in (2, 3):
+        raise ValueError(
+            f"x must have shape (batch, length, features) or, packed, (tokens, features), got shape {x.shape}."
+        )
+    if x.ndim == 2 and cu_seqlens is None:
+        raise ValueError(f"cu_seqlens must be given for packed x of shape {x.shape}, got None.")
+    if x.ndim == 3 and cu_seqlens is not None:
+        raise ValueError(f"cu_seqlens is for packed x of shape (tokens, features), got x of shape {x.shape}.")
+    if cu_seqlens is not None:
+        validate.check_boundaries("cu_seqlens", cu_seqlens)
+    if seqused is not None:
+        batch = x.shape[0] if cu_seqlens is None else cu_seqlens.shape[0] - 1
+        validate.check_lengths("seqused", seqused, (batch,))
+
+
 def self_attention(
     module: Fields,
     layers: Mapping[str, Callable[[jax.Array], jax.Array]],
@@ -58,14 +98,6 @@ def self_attention(
     seqused: jax.Array | None,
 ) -> jax.Array:
     """Projects x to queries, keys and values, attends within each sequence, and projects the result."""
-    if x.ndim not in (2, 3):
-        raise ValueError(
-            f"x must have shape (batch, length, features) or, packed, (tokens, features), got shape {x.shape}."
-        )
-    if x.ndim == 2 and cu_seqlens is None:
-        raise ValueError(f"cu_seqlens must be given for packed x of shape {x.shape}, got None.")
-    if x.ndim == 3 and cu_seqlens is not None:
-        raise ValueError(f"cu_seqlens is for packed x of shape (tokens, features), got shape {x.shape}.")
     attended = api.attention(
         layers["query"](x),
         layers["key"](x),

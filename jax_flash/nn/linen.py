@@ -77,6 +77,7 @@ class FlashAttention(linen.Module):
           TypeError, ValueError: a field or an argument is wrong; names it, what was expected and what came.
           NotImplementedError: no kernel here serves it, such as a head_dim that is no multiple of 8.
         """
+        _common.check_arguments(x, cu_seqlens, seqused)
         layers = {
             name: linen.DenseGeneral(
                 features=outputs,

@@ -56,6 +56,7 @@ class FlashAttention(nnx.Module):
         bias_init: Initializer = _common.BIAS_INIT,
         implementation: str | None = None,
     ):
+        self.in_features = in_features
         self.num_heads = num_heads
         self.num_kv_heads = num_kv_heads
         self.head_dim = head_dim
@@ -63,6 +64,7 @@ class FlashAttention(nnx.Module):
         self.causal = causal
         self.window_size = window_size
         self.softcap = softcap
+        self.dtype = dtype
         self.implementation = implementation
 
         shapes = _common.projections(self, in_features)
@@ -99,5 +101,8 @@ class FlashAttention(nnx.Module):
         Returns:
           (B, S, out_features) or (T, out_features), in dtype.
         """
+        _common.check_arguments(x, cu_seqlens, seqused)
+        if x.shape[-1] != self.in_features:
+            raise ValueError(f"x must have in_features, {self.in_features}, features, got shape {x.shape}.")
         layers = {"query": self.query, "key": self.key, "value": self.value, "out": self.out}
         return _common.self_attention(self, layers, x, cu_seqlens, seqused)
