@@ -67,7 +67,8 @@ inline typename Isa::Float Exp2(const typename Isa::Float& x) {
   power = power * f + 0.6931472f;
   power = power * f + 1.0f;
   power = (typename Isa::Float)((Int)power + ((Int)shifted << 23));
-  return x < -126.0f ? typename Isa::Float{} : power;
+  const typename Isa::Float normal = x < -126.0f ? typename Isa::Float{} : power;
+  return x == x ? normal : x;  // the addition to the exponent makes numbers of some NaN
 }
 
 // Within 1.7 units in the last place.

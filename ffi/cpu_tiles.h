@@ -207,7 +207,9 @@ inline void ForwardTile(const Call& call, const Item& item, Scratch& scratch) {
   }
 
   const float v_scale = call.v_scale.At(item.sequence, item.kv_head);
-  const auto normalise = [&](int lane) { return softmax.sum[lane] == 0 ? 0 : v_scale / softmax.sum[lane]; };
+  const auto normalise = [&](int lane) {
+    return lanes.num_keys[lane] == 0 || softmax.sum[lane] == 0 ? 0 : v_scale / softmax.sum[lane];
+  };
   lanes.ZeroBlind(params.head_dim_v, out, item.rows);
   WriteLanes(call.out, item.rows, index, normalise, row, out);
   if (call.lse == nullptr) return;

@@ -165,8 +165,7 @@ def implementation(arguments: dict) -> str:
     """Who serves a call on the default device."""
     platform = jax.default_backend()
     if platform == "gpu":
-        _, operands = canonical.canonical(Call(**arguments))
-        return "xla" if launch.why_not_served(operands) else "cuda"
+        return "xla" if launch.why_not_served(*canonical.canonical(Call(**arguments))) else "cuda"
     return "cpu" if platform == "cpu" else "xla"
 
 

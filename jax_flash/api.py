@@ -8,7 +8,7 @@ import jax
 from jax.typing import ArrayLike, DTypeLike
 
 from jax_flash import canonical, launch, reference, validate
-from jax_flash.spec import Call, Operands
+from jax_flash.spec import Attention, Call, Operands
 
 
 def attention(
@@ -105,7 +105,7 @@ def attention(
     )
     validate.check(call)
     computed, operands = canonical.canonical(call)
-    if reason := _why_not(implementation, operands):
+    if reason := _why_not(computed, operands):
         raise NotImplementedError(f"implementation {implementation!r} cannot run here: {reason}")
     # Without a query, a key or a value there is nothing for a kernel to do.
     if implementation == "xla" or 0 in (*operands.q.shape, *operands.v.shape, operands.batch):
@@ -118,11 +118,11 @@ def attention(
     return canonical.restore(call, out, lse)
 
 
-def _why_not(implementation: str | None, operands: Operands) -> str | None:
+def _why_not(attention: Attention, operands: Operands) -> str | None:
     """Why an implementation asked for by name cannot run a call on this machine, or None."""
-    if implementation == "cuda":
-        return launch.why_no_cuda() or launch.why_not_served(operands)
-    if implementation == "cpu":
+    if attention.implementation == "cuda":
+        return launch.why_no_cuda() or launch.why_not_served(attention, operands)
+    if attention.implementation == "cpu":
         try:
             jax.devices("cpu")
         except RuntimeError as error:

@@ -24,7 +24,7 @@ def source(entry: str, spec: KernelSpec) -> str:
             return ""
         seen.add(name)
         text = generated.get(name) or (_KERNELS / name).read_text()
-        text = text.replace("#pragma once\n", "")
+        text = text.replace("#pragma once\n", "\n")  # lines keep their numbers
         position, parts = 0, [f'#line 1 "{name}"\n']
         for match in _INCLUDE.finditer(text):
             line = text.count("\n", 0, match.end()) + 2

@@ -99,7 +99,7 @@ def _finds_bounds(fixed: dict) -> bool:
 
 
 def shared_bytes(fixed: dict, *, tile_m: int, tile_n: int, tile_v: int, stages: int) -> int:
-    """Bytes of SharedStorage in kernels/load.cuh, which checks this number."""
+    """Bytes of SharedStorage in kernels/storage.cuh, which checks this number."""
     size = element_bytes(fixed["element"])
     q = tile_m * _up(fixed["head_dim"] * size, _SWIZZLE_BYTES)
     k = tile_n * _up(fixed["head_dim"] * size, _SWIZZLE_BYTES)

@@ -115,14 +115,14 @@ def _build(source: str) -> Kernel:
     program = call(nvrtc.nvrtcCreateProgram, source.encode(), b"jax_flash.cu", 0, [], [])
     try:
         status, *_ = nvrtc.nvrtcCompileProgram(program, len(_OPTIONS), _OPTIONS)
-        text = b" " * call(nvrtc.nvrtcGetProgramLogSize, program)
+        text = bytearray(call(nvrtc.nvrtcGetProgramLogSize, program))
         call(nvrtc.nvrtcGetProgramLog, program, text)
         log = text.decode(errors="replace").rstrip("\0 \n")
         if status != nvrtc.nvrtcResult.NVRTC_SUCCESS:
             raise CompileError(f"NVRTC could not compile a kernel of jax_flash: {status}\n{log}")
-        cubin = b" " * call(nvrtc.nvrtcGetCUBINSize, program)
+        cubin = bytearray(call(nvrtc.nvrtcGetCUBINSize, program))
         call(nvrtc.nvrtcGetCUBIN, program, cubin)
-        return Kernel(cubin=cubin, log=log)
+        return Kernel(cubin=bytes(cubin), log=log)
     finally:
         nvrtc.nvrtcDestroyProgram(program)
 

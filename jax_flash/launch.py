@@ -68,6 +68,12 @@ def backward_cpu(attention: Attention, operands: Operands, dout, lse, delta):
 
 # CUDA.
 
+MAX_SOFTCAP = 1e4
+"""The tanh of the kernels is exact to about 1e-7, so a score to as much of the cap: here to 1e-3."""
+
+MAX_ROWS = 2**29
+"""Of all heads and sequences of an array: the kernels add such numbers, and windows of 2**30, in 32 bits."""
+
 MAX_ATTEMPTS = 4
 """Kernels compiled, at some seconds each, before one that spills is taken."""
 
@@ -81,12 +87,14 @@ def why_no_cuda() -> str | None:
     return _why_not_capability(devices) or jit.why_no_nvrtc()
 
 
-def why_not_served(operands: Operands) -> str | None:
+def why_not_served(attention: Attention, operands: Operands) -> str | None:
     """Why no CUDA kernel serves a call, or None. Lowering for CUDA where there is no GPU assumes capability 9.0."""
     if operands.q.dtype == jnp.float32:
         return "the CUDA kernels take float16, bfloat16 and float8_e4m3fn, not float32."
-    if max(math.prod(x.shape[:3]) for x in operands[:3]) >= 2**31:
-        return "the CUDA kernels count rows of all heads in 32 bits, and q, k or v has 2**31 or more."
+    if attention.softcap > MAX_SOFTCAP:
+        return f"the CUDA kernels take a softcap of at most {MAX_SOFTCAP:g}, not {attention.softcap:g}."
+    if max(operands.batch * operands.q.shape[2], *(math.prod(x.shape[:3]) for x in operands[:3])) >= MAX_ROWS:
+        return f"the CUDA kernels count rows of all heads in 32 bits, and q, k or v has {MAX_ROWS} or more."
     try:
         reason = _why_not_capability(jax.devices("cuda"))
     except RuntimeError:

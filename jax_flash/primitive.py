@@ -65,15 +65,20 @@ def _row_dot(x, dx):
 def _sum_rows(rows, index, batch, like):
     """Sums rows (G, S, heads) over each sequence, and over the axes in which `like` (B or 1, heads or 1) has one entry.
 
-    Rows of no sequence (index -1) do not count, whatever they hold. A product with ones and zeros adds in a fixed
-    order, which a scatter on a GPU does not.
+    Rows of no sequence (index -1) do not count, and no row of another sequence, whatever they hold. One sequence of
+    each group at a time: additions keep their order, which those of a scatter on a GPU do not, and memory stays linear.
     """
     groups = rows.shape[0]
-    sequences = jnp.arange(batch, dtype=index.dtype).reshape(groups, 1, -1)
-    belongs = (index[..., None] == sequences).astype(rows.dtype)
-    rows = jnp.where(index[..., None] < 0, 0, rows)
-    total = jnp.einsum("gsn,gsh->gnh", belongs, rows, precision="highest").reshape(batch, -1)
-    return total.sum([axis for axis in (0, 1) if like.shape[axis] == 1], keepdims=True)
+    if like.shape[0] == 1:
+        total = jnp.where(index[..., None] < 0, 0, rows).sum((0, 1))[None]
+    else:
+        sequences = jnp.arange(batch, dtype=index.dtype).reshape(groups, -1)
+
+        def of_one(sequence):
+            return jnp.where((index == sequence[:, None])[..., None], rows, 0).sum(1)
+
+        total = jnp.swapaxes(jax.lax.map(of_one, sequences.T), 0, 1).reshape(batch, -1)
+    return total if like.shape[1] > 1 else total.sum(1, keepdims=True)
 
 
 attend.defvjp(_attend_forward, _attend_backward)
@@ -146,7 +151,7 @@ def _warn_reference(reason: str) -> None:
 
 def _forward_cuda(*arrays, attention: Attention):
     operands = Operands(*arrays)
-    if reason := launch.why_not_served(operands):
+    if reason := launch.why_not_served(attention, operands):
         _warn_reference(reason)
         return reference.forward(attention, operands)
     return launch.forward_cuda(attention, operands)

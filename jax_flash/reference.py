@@ -75,10 +75,9 @@ def _forward(attention, operands, compute_dtype):
         total = jnp.where(seen, total, 1)
         if compute_dtype is not None:
             weights = _rounded(PROBABILITY_UNIT * weights, operands.q.dtype) / PROBABILITY_UNIT
-        used = rows.used[:, None, None, :, None]
         out = _columns(rows.v_scale) * _einsum("ghrqk,ghkd->ghrqd", weights / total, keys.v)
-        out = jnp.where(used, out, 0)  # is 0 already; keeps what a cotangent of the row holds from the gradients
-        lse = jnp.where(seen & used, top + jnp.log(total), -jnp.inf)
+        out = jnp.where(visible.any(-1, keepdims=True), out, 0)  # whatever scales, values and cotangents hold
+        lse = jnp.where(seen & rows.used[:, None, None, :, None], top + jnp.log(total), -jnp.inf)
         return _by_row(out), _by_row(lse[..., 0])
 
     blocks = _blocks(rows, rows, keys)
@@ -197,7 +196,7 @@ def _locate(operands, x, cu_seqlens, seqused):
         lengths = jnp.clip(seqused.reshape(groups, count), 0, lengths)
 
     row = jnp.arange(rows, dtype=jnp.int32)
-    search = functools.partial(jnp.searchsorted, side="right", method="compare_all")
+    search = functools.partial(jnp.searchsorted, side="right", method="scan_unrolled")
     sequence = jax.vmap(search, in_axes=(0, None))(bounds, row) - 1
     sequence = jnp.clip(sequence, 0, count - 1).astype(jnp.int32)
     position = row[None] - jnp.take_along_axis(bounds, sequence, axis=1)
@@ -212,8 +211,8 @@ def _rows_and_keys(operands: Operands, dtype) -> tuple[_Rows, _Keys]:
     used = q_sequence >= 0
 
     def per_row(x):
-        """What is given for each sequence, for each row of it."""
-        x = jnp.broadcast_to(x, (operands.batch, x.shape[1]))[q_sequence]
+        """What is given for each sequence, for each row of it, and 0 for rows of none."""
+        x = _used(jnp.broadcast_to(x, (operands.batch, x.shape[1]))[q_sequence], used)
         return jnp.broadcast_to(x, (*x.shape[:2], max(x.shape[2], kv_heads))).reshape(*x.shape[:2], kv_heads, -1)
 
     def per_key(x):

@@ -175,8 +175,10 @@ def _check_softmax(call: Call) -> None:
     _check_factor("softmax_scale", call.softmax_scale, ((),))
     if not is_real(call.softcap):
         raise TypeError(f"softcap must be a Python float known while tracing, got {describe(call.softcap)}.")
-    if call.softcap and not (_fits_float32(call.softcap) and np.finfo(np.float32).tiny <= float(call.softcap) < np.inf):
-        raise ValueError(f"softcap must be 0 (off) or a positive, normal float32, got {_SHORT.repr(call.softcap)}.")
+    if call.softcap and not (_fits_float32(call.softcap) and 2.0**-126 <= float(call.softcap) <= 2.0**126):
+        raise ValueError(
+            f"softcap must be 0 (off) or positive, from 2**-126 to 2**126, got {_SHORT.repr(call.softcap)}."
+        )
 
     window = call.window_size
     if window is not None:

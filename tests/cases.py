@@ -250,6 +250,40 @@ FEATURES = [
     )
 ]
 
+# Several blocks of keys, and tiles of queries, in each sequence: what the features above do in the middle of a row.
+_LONG = {
+    "dense": {"q_lens": (301, 301), "k_lens": (620, 620), "seqused_q": (300, 170), "seqused_k": (403, 620)},
+    "packed": {
+        **{"q_lens": (280, 0, 131), "k_lens": (590, 43, 700), "packed_q": True, "packed_k": True, "lead": 5},
+        **{"seqused_q": (270, 9, 131), "seqused_k": (401, 30, 699)},
+    },
+}
+
+LONG = [
+    Case(id=f"long-{layout}-{feature}-{dtype}", dtype=dtype, head_dim=dim, **more, **options)
+    for layout, more in _LONG.items()
+    for dtype, dim in (("bfloat16", 128), ("float16", 64), ("float8_e4m3fn", 128))
+    for feature, options in {
+        "sinks": {"sinks": True, "descales": "head"},
+        "causal-softcap": {"causal": True, "softcap": 2.5, "softmax_scale": 0.2},
+        "window-softcap-sinks": {"window_size": (333, 40), "softcap": 4.0, "sinks": True, "softmax_scale": -0.2},
+    }.items()
+]
+
+# Causal, more tiles than a GPU has multiprocessors, and more keys and values than its L2 cache holds.
+LONG += [
+    Case(
+        id="long-sections",
+        q_lens=(2048,) * 3,
+        k_lens=(2048,) * 3,
+        heads=12,
+        kv_heads=12,
+        head_dim=128,
+        causal=True,
+        large=True,
+    )
+]
+
 SCALES = [
     Case(id=f"{dtype}-scale-{scale}", dtype=dtype, softmax_scale=scale, causal=True, k_lens=(150, 150, 150), **more)
     for dtype, scale, more in (
@@ -286,4 +320,4 @@ OUT_DTYPES = [
     )
 ]
 
-CASES = [*EXAMPLES, *FA3, *HEAD_DIMS, *FEATURES, *SCALES, *WINDOWS, *OUT_DTYPES]
+CASES = [*EXAMPLES, *FA3, *HEAD_DIMS, *FEATURES, *LONG, *SCALES, *WINDOWS, *OUT_DTYPES]

@@ -13,7 +13,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from cases import CASES, Case
-from conftest import on_each_kernel
+from conftest import CPU, CUDA, on_each_kernel
 from tolerance import check, run
 
 import jax_flash
@@ -66,6 +66,54 @@ def test_nan_in_a_used_row_is_not_hidden(implementation):
     spoilt[1, 3:] = True
     np.testing.assert_array_equal(np.isnan(out), np.broadcast_to(spoilt[:, None, :, None], out.shape))
     np.testing.assert_array_equal(np.isnan(lse), np.broadcast_to(spoilt[:, :, None], lse.shape))
+
+
+@pytest.mark.parametrize(
+    ("kernel", "dtype", "bits"),
+    [(CPU, "float32", bits) for bits in (0x7FC00001, 0x7F800001, 0xFFC00080, 0x7FC000FF)]
+    + [(CPU, "bfloat16", 0x7F81), pytest.param("cuda", "bfloat16", 0x7F81, marks=CUDA.marks)],
+    indirect=["kernel"],
+)
+def test_every_nan_is_one(kernel, dtype, bits):
+    """Whatever a NaN holds besides being one."""
+    arguments = Case(id="nan-bits", dtype=dtype).arguments()
+    k = arguments["k"]
+    k.view(f"u{k.itemsize}")[2] = bits
+    out, lse = (np.asarray(x, np.float32) for x in run(arguments, implementation=kernel))
+    assert np.isnan(out[2]).all()
+    assert np.isnan(lse[2]).all()
+    assert np.isfinite(out[:2]).all()
+
+
+def test_nan_in_a_used_row_stays_in_its_sequence(kernel):
+    case = Case(id="used-nan-packed", q_lens=(40, 13, 70), k_lens=(17, 150, 40), packed_q=True, packed_k=True)
+    arguments = case.arguments()
+    for name in ("k", "v"):
+        arguments[name][17:167] = np.nan
+    out, lse = (np.asarray(x, np.float32) for x in run(arguments, implementation=kernel))
+    spoilt = np.zeros(len(out), bool)
+    spoilt[40:53] = True
+    np.testing.assert_array_equal(np.isnan(out).any((1, 2)), spoilt)
+    np.testing.assert_array_equal(np.isnan(lse).any(0), spoilt)
+
+
+@pytest.mark.parametrize("sinks", [False, True])
+@pytest.mark.parametrize("bad", [np.nan, np.inf])
+def test_rows_that_see_no_key_are_zero_whatever_is_there(implementation, bad, sinks):
+    """Rows 0 to 9 of sequence 0 lie before its first key, sequence 1 has no key, and sequence 2 has no flaw."""
+    case = Case(id="blind", q_lens=(30, 30, 30), k_lens=(20, 20, 20), seqused_k=(20, 0, 20), causal=True, sinks=sinks)
+    arguments = case.arguments()
+    arguments["q_descale"] = np.array([bad, bad, 1], np.float32)
+    arguments["v_descale"] = np.array([bad, bad, 1], np.float32)
+    arguments["v"][0] = bad
+    out, lse = (np.asarray(x, np.float32) for x in run(arguments, implementation=implementation))
+    blind = np.zeros((3, 30), bool)
+    blind[0, :10] = blind[1] = blind[2, :10] = True
+    assert not out[blind].any()
+    expected = arguments["sinks"] if sinks else np.full(6, -np.inf, np.float32)
+    np.testing.assert_allclose(np.swapaxes(lse, 1, 2)[blind], np.broadcast_to(expected, (blind.sum(), 6)), rtol=1e-6)
+    assert not np.isfinite(out[0, 10:]).any()
+    assert np.isfinite(out[2]).all()
 
 
 # Nonsense in index arrays gives nonsense rows by the same definition everywhere, never a fault.

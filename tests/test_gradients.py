@@ -144,6 +144,53 @@ def test_nan_cotangents_of_unused_rows_do_not_spread(implementation):
         assert not np.isnan(np.asarray(gradient, np.float32)).any(), name
 
 
+@pytest.mark.parametrize("bad", [np.nan, np.inf])
+def test_scales_of_no_row_do_not_spread(implementation, bad):
+    """The scales of a sequence without rows, the last one, which rows of no sequence must not take for theirs."""
+    lens = {"q_lens": (60, 0), "k_lens": (90, 0)}
+    case = Case(id="no-row", packed_q=True, packed_k=True, descales="kv_head", sinks=True, **lens)
+    arguments = case.arguments()
+    expected = gradients(arguments, by_kernel(implementation))
+    for name in ("q_descale", "k_descale", "v_descale"):
+        arguments[name][1] = bad
+    result = gradients(arguments, by_kernel(implementation))
+    for name in ("q", "k", "v", "sinks"):
+        np.testing.assert_array_equal(result[name], expected[name], err_msg=f"d{name}")
+
+
+def test_nan_of_a_sequence_stays_in_its_scale(kernel):
+    case = Case(id="own-scale", packed_q=True, packed_k=True, descales="kv_head", q_lens=(30, 9, 20))
+    arguments = case.arguments()
+    arguments["q"][30:39] = np.nan
+
+    def first(call):
+        return by_kernel(kernel)(call)[0][:30]
+
+    for name in ("q_descale", "k_descale"):
+        gradient = np.asarray(gradients(arguments, first)[name])
+        assert np.isfinite(gradient[:, 0]).all(), name
+
+
+def test_memory_of_gradients_is_linear():
+    """A row for each sequence of a packed call, or a score for each pair of rows, would take far more."""
+    tokens, sequences, heads = 65536, 2048, 4
+    x = jax.ShapeDtypeStruct((tokens, heads, 16), jnp.bfloat16)
+    cu_seqlens = jax.ShapeDtypeStruct((sequences + 1,), jnp.int32)
+    scales = jax.ShapeDtypeStruct((sequences,), jnp.float32)
+
+    def loss(q, k, v, cu_seqlens, sinks, scale):
+        out = jax_flash.attention(
+            q, k, v, cu_seqlens_q=cu_seqlens, cu_seqlens_k=cu_seqlens, sinks=sinks, q_descale=scale, v_descale=scale
+        )
+        return out.astype(jnp.float32).sum()
+
+    sinks = jax.ShapeDtypeStruct((heads,), jnp.float32)
+    with jax.default_device(jax.devices("cpu")[0]):
+        gradient = jax.jit(jax.grad(loss, (0, 1, 2, 4, 5)))
+        memory = gradient.lower(x, x, x, cu_seqlens, sinks, scales).compile().memory_analysis()
+    assert memory.temp_size_in_bytes < tokens * sequences
+
+
 @pytest.mark.parametrize("packed", [False, True])
 @pytest.mark.parametrize(("q_len", "k_len"), [(0, 7), (7, 0)])
 def test_gradients_of_nothing(implementation, packed, q_len, k_len):

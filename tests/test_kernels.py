@@ -8,6 +8,7 @@ from __future__ import annotations
 import dataclasses
 import itertools
 
+import numpy as np
 import pytest
 from cases import CASES, Case
 
@@ -102,6 +103,18 @@ def test_16_bit_tiles_are_those_of_flash_attention_3(head_dim, window, tile):
 @pytest.mark.parametrize(("head_dim", "padded"), [(8, 64), (64, 64), (72, 96), (128, 128), (136, 192), (256, 256)])
 def test_head_dim_is_padded_to_the_next(head_dim, padded):
     assert heuristics.padded_head_dim(head_dim) == padded
+
+
+def test_fp8_values_lie_in_the_order_of_probabilities():
+    """Of 16 keys a thread q of four holds, in its order, columns 2q, 2q + 1, 2q + 8 and 2q + 9 of P (fragment.cuh)."""
+    groups, rows, heads, columns = 2, 41, 3, 16
+    v = np.arange(groups * rows * heads * columns).reshape(groups, rows, heads, columns)
+    transposed = np.asarray(launch.transpose_fp8_values(v))
+    assert transposed.shape == (groups, heads, columns, 48)
+    keys = [key for q in range(4) for key in (2 * q, 2 * q + 1, 2 * q + 8, 2 * q + 9)]
+    order = [start + key for start in (0, 16, 32) for key in keys]
+    padded = np.pad(v, ((0, 0), (0, 7), (0, 0), (0, 0)))
+    np.testing.assert_array_equal(transposed, padded[:, order].transpose(0, 2, 3, 1))
 
 
 def test_only_packed_fp8_keys_are_aligned():

@@ -9,7 +9,8 @@ import pytest
 from cases import Case
 
 import jax_flash
-from jax_flash import jit, launch, primitive
+from jax_flash import canonical, jit, launch, primitive
+from jax_flash.spec import Call
 
 CUDA_CALL = "jax_flash_cuda_launch"
 CPU_CALL = "jax_flash_cpu_forward"
@@ -65,6 +66,20 @@ def test_float32_runs_as_plain_jnp_on_cuda():
     with pytest.warns(UserWarning, match="runs as plain jnp here: the CUDA kernels take .*, not float32"):
         text = lowered("cuda", Case(id="float32", dtype="float32"))
     assert "jax_flash" not in text.replace("jit_jax_flash", "")
+
+
+def test_large_softcap_runs_as_plain_jnp_on_cuda():
+    with pytest.warns(UserWarning, match="runs as plain jnp here: .* take a softcap of at most 10000, not 10001"):
+        assert CUDA_CALL not in lowered("cuda", Case(id="softcap", softcap=10001.0))
+    assert CUDA_CALL in lowered("cuda", Case(id="softcap", softcap=10000.0))
+
+
+@pytest.mark.parametrize(("length", "served"), [(2**29 - 8, True), (2**29, False)])
+def test_rows_are_counted_in_32_bits(length, served):
+    x = jax.ShapeDtypeStruct((1, length, 1, 8), jnp.bfloat16)
+    attention, operands = canonical.canonical(Call(**Case(id="small").arguments()))
+    reason = launch.why_not_served(attention, operands._replace(k=x, v=x))
+    assert reason is None if served else "has 536870912 or more" in reason
 
 
 def test_missing_nvrtc_runs_as_plain_jnp_on_cuda(monkeypatch):

@@ -18,14 +18,18 @@ __device__ __forceinline__ void store2(void* out, i64 offset, float low, float h
   }
 }
 
+// A row that sees no key is known by its position: what its scores and scales made of the key range of the tile, NaN
+// and infinities included, must not be stored.
 __device__ __forceinline__ void store_rows(const Tile& tile, const Params& params, const Operands& operands,
                                            int warpgroup, const Output& o, const float (&factor)[kRowsPerThread],
-                                           const float (&lse)[kRowsPerThread]) {
+                                           const float (&lse)[kRowsPerThread], float sink) {
 #pragma unroll
   for (int r = 0; r < kRowsPerThread; ++r) {
     const int row = warpgroup * kWarpgroupRows + fragment_row(r);
     if (row >= tile.rows) continue;
-    const bool used = tile.q_index + row < tile.q_len;
+    const int q_index = tile.q_index + row;
+    const bool used = q_index < tile.q_len;
+    const bool sees = used && first_key(tile, params, q_index) < last_key(tile, params, q_index);
     const i64 row_in_all = static_cast<i64>(tile.q_group) * params.q_rows + tile.q_row + row;
     const i64 offset = (row_in_all * params.heads + tile.head) * params.head_dim_v;
 #pragma unroll
@@ -34,15 +38,16 @@ __device__ __forceinline__ void store_rows(const Tile& tile, const Params& param
       for (int j = 0; j < spec::kTileV / 8; ++j) {
         const int column = piece * spec::kTileV + fragment_column(j);
         if (column >= params.head_dim_v) continue;
-        const float low = used ? o[piece][4 * j + 2 * r] * factor[r] : 0.0f;
-        const float high = used ? o[piece][4 * j + 2 * r + 1] * factor[r] : 0.0f;
+        const float low = sees ? o[piece][4 * j + 2 * r] * factor[r] : 0.0f;
+        const float high = sees ? o[piece][4 * j + 2 * r + 1] * factor[r] : 0.0f;
         store2<spec::Out>(operands.out, offset + column, low, high);
       }
     }
     if constexpr (spec::kLse) {
       if (lane_index() % 4 == 0) {
         const i64 head_in_all = static_cast<i64>(tile.q_group) * params.heads + tile.head;
-        operands.lse[head_in_all * params.q_rows + tile.q_row + row] = used ? lse[r] : -kInfinity;
+        const float blind = spec::kSinks && used ? sink : -kInfinity;
+        operands.lse[head_in_all * params.q_rows + tile.q_row + row] = sees ? lse[r] : blind;
       }
     }
   }

@@ -8,6 +8,7 @@
 #include "params.h"
 #include "schedule.cuh"
 #include "softmax.cuh"
+#include "storage.cuh"
 #include "tile.cuh"
 
 namespace jax_flash {
@@ -15,8 +16,10 @@ namespace jax_flash {
 constexpr int kThreads = kWarpgroupSize + kConsumerThreads;
 static_assert(kThreads == spec::kThreads, "heuristics.py launches as many threads");
 
-static_assert(kWarpgroupSize * (spec::kProducerRegisters + kConsumers * spec::kConsumerRegisters) <= 64 * 1024,
-              "no more registers than a CTA has");
+constexpr int kLaunchRegisters = 64 * 1024 / kThreads / 8 * 8;  // a thread's, of the 64 K that an SM has
+static_assert(kWarpgroupSize * (spec::kProducerRegisters + kConsumers * spec::kConsumerRegisters) <=
+                  kThreads * kLaunchRegisters,
+              "setmaxnreg waits for ever for registers that the CTA was not launched with");
 
 __device__ __forceinline__ void produce(SharedStorage& shared, const TensorMaps& maps, const Operands& operands,
                                         const Params& params) {
@@ -56,7 +59,7 @@ __device__ __forceinline__ void consume(SharedStorage& shared, const Operands& o
     softmax.finish(sink, factor, lse);
 #pragma unroll
     for (int r = 0; r < kRowsPerThread; ++r) factor[r] *= v_scale;
-    store_rows(tile, params, operands, warpgroup, o, factor, lse);
+    store_rows(tile, params, operands, warpgroup, o, factor, lse, sink);
   }
 }
 

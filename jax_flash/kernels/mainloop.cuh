@@ -4,12 +4,13 @@
 // runs while those are multiplied. Warpgroups take turns to issue, so that one's softmax meets the other's products.
 #pragma once
 
+#include "clear.cuh"
 #include "fragment.cuh"
 #include "hopper/wgmma.cuh"
-#include "load.cuh"
 #include "mask.cuh"
 #include "softmax.cuh"
 #include "spec.h"
+#include "storage.cuh"
 #include "wgmma.h"
 
 namespace jax_flash {

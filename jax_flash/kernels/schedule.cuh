@@ -1,5 +1,5 @@
 // Schedule: which tile a CTA works on next. Every warp of a CTA walks the same tiles by itself, so nothing is handed
-// over: those of CTA c are t = c, c + gridDim.x, c + 2 * gridDim.x, ...
+// over: CTA c takes one tile of every round of gridDim.x, the c-th from its beginning or, in reversed rounds, its end.
 //
 // Heads are worked on in sections whose keys and values stay in the L2 cache together. Under a causal mask the tiles of
 // the first section come from the shortest to the longest or the reverse, those of the next the other way, and of the
@@ -150,8 +150,8 @@ class Schedule {
   const Params& params_;
   int round_ = 0;
   int index_ = 0;
-  int pairs_per_section_ = 1;  // pairs are worked on in sections of so many,
-  int sections_ = 1;           // and how many sections there are
+  int pairs_per_section_ = 1;  // pairs are worked on in sections of so many: one without a right window,
+  int sections_ = 1;           // and how many sections there are; not used then
   int chunk_ = 0;              // first segment of the 32 that the warp looks at,
   int chunk_row_ = 0;          // where it begins, counted over all groups,
   int chunk_tiles_ = 0;        // and the tiles before it
