@@ -58,8 +58,6 @@ class Case:
     return_lse: bool = True
     qk_ones: bool = False
     """Whether q and k are ones."""
-    large: bool = False
-    """Whether it takes a GPU to run it in seconds."""
 
     def __str__(self) -> str:
         return self.id
@@ -140,7 +138,6 @@ def _fa3(index: int, q_len: int, k_len: int, packed: bool) -> Case:
         kv_heads=(2, 4, 5)[index % 3] if index % 2 else 1,
         head_dim=(64, 128, 96, 192, 256)[index % 5] if q_len < 1000 else 64,
         descales="kv_head" if dtype == "float8_e4m3fn" else None,
-        large=q_len * k_len >= (2**18 if packed else 2**21),
         **masks[(index // 2 + packed) % 4],
     )
 
@@ -164,7 +161,6 @@ EXAMPLES = [
         descales="head",
         return_lse=False,
         qk_ones=kind == "ones",
-        large=kind == "random",
     )
     for kind in ("ones", "random")
 ] + [
@@ -270,18 +266,9 @@ LONG = [
     }.items()
 ]
 
-# Causal, more tiles than a GPU has multiprocessors, and more keys and values than its L2 cache holds.
+# Causal, with more tiles than a GPU has multiprocessors and three times the keys and values that its L2 cache holds.
 LONG += [
-    Case(
-        id="long-sections",
-        q_lens=(2048,) * 3,
-        k_lens=(2048,) * 3,
-        heads=12,
-        kv_heads=12,
-        head_dim=128,
-        causal=True,
-        large=True,
-    )
+    Case(id="long-sections", q_lens=(300,) * 4, k_lens=(1500,) * 4, heads=24, kv_heads=24, head_dim=128, causal=True)
 ]
 
 SCALES = [

@@ -18,8 +18,8 @@ CPU, CUDA = "cpu", pytest.param("cuda", marks=pytest.mark.gpu)
 
 
 def on_each_kernel(cases):
-    """Each case on each platform that serves it: CUDA has no float32, a CPU takes too long for the large ones."""
-    cpu = [pytest.param(CPU, case, id=f"cpu-{case}") for case in cases if not case.large]
+    """Each case on each platform that serves it: CUDA has no float32."""
+    cpu = [pytest.param(CPU, case, id=f"cpu-{case}") for case in cases]
     cuda = [
         pytest.param("cuda", case, id=f"cuda-{case}", marks=CUDA.marks) for case in cases if case.dtype != "float32"
     ]

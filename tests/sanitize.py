@@ -11,7 +11,7 @@ os.environ["XLA_PYTHON_CLIENT_ALLOCATOR"] = "platform"
 
 import jax
 import numpy as np
-from cases import Case
+from cases import LONG, Case
 from tolerance import run
 
 INT_MAX, INT_MIN = 2**31 - 1, -(2**31)
@@ -31,6 +31,7 @@ CASES = [
     Case(id="fp8", dtype="float8_e4m3fn", head_dim=128, causal=True, q_lens=(150, 150), k_lens=(190, 190)),
     Case(id="fp8-packed", dtype="float8_e4m3fn", head_dim=64, descales="head", **PACKED),
     Case(id="negative-scale", head_dim=64, softmax_scale=-0.1),
+    *(case for case in LONG if "window-softcap-sinks" in case.id),
 ]
 
 
