@@ -44,6 +44,19 @@ def implementation(request):
     yield from _on_its_device(request.param)
 
 
+@pytest.fixture
+def no_gpu(monkeypatch):
+    """As on a machine without a GPU."""
+    devices = jax.devices
+
+    def without_cuda(backend=None):
+        if backend == "cuda":
+            raise RuntimeError("Unknown backend cuda")
+        return devices(backend)
+
+    monkeypatch.setattr(jax, "devices", without_cuda)
+
+
 def has_gpu() -> bool:
     """Whether a GPU of compute capability 9.0 is here."""
     try:

@@ -261,15 +261,7 @@ def test_head_dim(dtype, head_dim, head_dim_v, match):
     assert jax_flash.attention(q, k, v, implementation="xla").shape == v.shape
 
 
-def test_cuda_needs_a_gpu(monkeypatch):
-    devices = jax.devices
-
-    def without_cuda(platform=None):
-        if platform == "cuda":
-            raise RuntimeError("Unknown backend cuda")
-        return devices(platform)
-
-    monkeypatch.setattr(jax, "devices", without_cuda)
+def test_cuda_needs_a_gpu(no_gpu):
     with pytest.raises(NotImplementedError, match=r"'cuda' cannot run here: JAX sees no CUDA GPU\.$"):
         jax_flash.attention(**dense(), implementation="cuda")
 
