@@ -25,7 +25,7 @@ MIN_CALLS, MIN_SECONDS = 3, 0.3
 # The cases: each makes the arguments of one call of `attention`.
 
 PACKED_LENGTHS = (64, 64, *(38 + i % 5 for i in range(80)), 1680, 32)
-"""Tokens of 84 packed sequences as a tagger's batch has them: many of 64 or less, one of 1680; 5040 in all."""
+"""Tokens of 84 packed sequences as sentences and a document: many of 64 or less, one of 1680; 5040 in all."""
 
 
 def fp8_packed(rng: np.random.Generator, *, ones: bool) -> dict:

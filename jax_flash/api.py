@@ -43,7 +43,8 @@ def attention(
     A row that sees no key gives 0 and an LSE of -inf (with a sink: the sink), rows that belong to no sequence or lie
     past `seqused_q` give 0 and -inf. What lies in unused rows of q, k and v, NaN included, reaches no used row and no
     gradient. Index arrays may hold any values: they are made increasing and cut to the arrays they index. The same
-    inputs give the same bits. Gradients flow to q, k, v, softmax_scale, sinks and the descales; FP8 inputs have none.
+    inputs give the same bits. Gradients flow to q, k, v, softmax_scale, sinks and the descales; with kernels those of
+    scale factors are NaN where their product is 0. Where q, k and v are FP8, to differentiate in any of these raises.
 
     Args:
       q: queries, dense (B, Sq, H, D) or packed (Tq, H, D); float16, bfloat16, float32 or float8_e4m3fn. D and Dv are
@@ -53,7 +54,8 @@ def attention(
       causal: query i sees keys j <= i + Sk - Sq, in each sequence, with the used lengths.
       window_size: (left, right): query i sees keys i + Sk - Sq - left <= j <= i + Sk - Sq + right; -1 or None is
         unbounded. `causal` makes right 0.
-      softcap: scores become softcap * tanh(score / softcap) before masking; 0 is off.
+      softcap: scores become softcap * tanh(score / softcap) before masking; 0 is off. From 1e-30 to 1e30; above
+        10 000 no CUDA kernel serves it.
       softmax_scale: a Python float, or a float32 scalar that may be traced; D ** -0.5 unless given.
       sinks: float (H,), one logit a query head that takes part in the softmax and has no value.
       q_descale: float32 (), (B,), (B, Hk) or (B, H): what one unit of the stored q is worth. Allowed with any dtype.
@@ -77,7 +79,8 @@ def attention(
 
     Raises:
       TypeError, ValueError: an argument is wrong; raised while tracing, names the argument, what was expected and came.
-      NotImplementedError: the request is right, and no kernel serves it, or none of the implementation asked for here.
+      NotImplementedError: the request is right, and no kernel serves it, or none of the implementation asked for here;
+        or a gradient is asked for where q, k and v are FP8.
 
     Source: FlashAttention-3, https://arxiv.org/abs/2407.08608; names follow its interface.
     """
@@ -118,11 +121,11 @@ def attention(
     return canonical.restore(call, out, lse)
 
 
-def _why_not(attention: Attention, operands: Operands) -> str | None:
+def _why_not(computed: Attention, operands: Operands) -> str | None:
     """Why an implementation asked for by name cannot run a call on this machine, or None."""
-    if attention.implementation == "cuda":
-        return launch.why_no_cuda() or launch.why_not_served(attention, operands)
-    if attention.implementation == "cpu":
+    if computed.implementation == "cuda":
+        return launch.why_no_cuda() or launch.why_not_served(computed, operands)
+    if computed.implementation == "cpu":
         try:
             jax.devices("cpu")
         except RuntimeError as error:

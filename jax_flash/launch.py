@@ -94,7 +94,10 @@ def why_not_served(attention: Attention, operands: Operands) -> str | None:
     if attention.softcap > MAX_SOFTCAP:
         return f"the CUDA kernels take a softcap of at most {MAX_SOFTCAP:g}, not {attention.softcap:g}."
     if max(operands.batch * operands.q.shape[2], *(math.prod(x.shape[:3]) for x in operands[:3])) >= MAX_ROWS:
-        return f"the CUDA kernels count rows of all heads in 32 bits, and q, k or v has {MAX_ROWS} or more."
+        return (
+            f"the CUDA kernels count in 32 bits, and the rows of all heads of q, k or v, or the heads of all "
+            f"sequences, are {MAX_ROWS} or more."
+        )
     try:
         reason = _why_not_capability(jax.devices("cuda"))
     except RuntimeError:

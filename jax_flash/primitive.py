@@ -36,7 +36,7 @@ def _attend_backward(attention: Attention, saved, cotangents):
     operands, out, lse = saved
     dout, dlse = cotangents
     # delta = sum over a row of P * dP. The cotangent of the LSE adds dlse * P to dS = P * (dP - delta).
-    delta = jnp.einsum("gqhd,gqhd->ghq", dout.astype(jnp.float32), out.astype(jnp.float32))
+    delta = jnp.swapaxes(_row_dot(out, dout), 1, 2)
     if attention.return_lse:
         delta = delta - dlse
     dq, dk, dv = backward_p.bind(*operands, dout, lse, delta, attention=attention)
@@ -50,16 +50,16 @@ def _attend_backward(attention: Attention, saved, cotangents):
     }
     if operands.has("sinks"):
         sinks = jnp.broadcast_to(operands.sinks, (operands.batch, operands.sinks.shape[1]))
-        seen = jnp.swapaxes(lse, 1, 2)
+        row_lse, row_delta = (jnp.swapaxes(x, 1, 2) for x in (lse, delta))
         # A row that sees nothing, its sink being -inf too, gives nothing.
-        probability = jnp.where(seen == -jnp.inf, 0, jnp.exp(sinks[q_index] - seen))
-        rows = -probability * jnp.swapaxes(delta, 1, 2)
+        rows = jnp.where(row_lse == -jnp.inf, 0, -jnp.exp(sinks[q_index] - row_lse) * row_delta)
         gradients["sinks"] = _sum_rows(rows, q_index, operands.batch, operands.sinks)
     return (Operands(**{name: gradients.get(name) for name in Operands._fields}),)
 
 
 def _row_dot(x, dx):
-    return jnp.einsum("gshd,gshd->gsh", x.astype(jnp.float32), dx.astype(jnp.float32))
+    """Sums x * dx over the last axis; where x is 0, as in rows that see no key, dx may be NaN."""
+    return jnp.where(x == 0, 0, x.astype(jnp.float32) * dx.astype(jnp.float32)).sum(-1)
 
 
 def _sum_rows(rows, index, batch, like):
@@ -152,6 +152,8 @@ def _warn_reference(reason: str) -> None:
 def _forward_cuda(*arrays, attention: Attention):
     operands = Operands(*arrays)
     if reason := launch.why_not_served(attention, operands):
+        if attention.implementation == "cuda":  # what `vmap` made of a call that was served
+            raise NotImplementedError(f"implementation 'cuda' cannot run here: {reason}")
         _warn_reference(reason)
         return reference.forward(attention, operands)
     return launch.forward_cuda(attention, operands)

@@ -27,7 +27,8 @@ PROBABILITY_UNIT = 2.0**7
 def attention(q, k, v, **arguments: Any):
     """`jax_flash.attention` by its definition: the same arguments and results, for any head dim, in float32.
 
-    It computes in float64 under `jax_enable_x64`. `implementation` has no effect.
+    It computes in float64 under `jax_enable_x64`. `implementation` has no effect. Like any implementation it refuses to
+    be differentiated where q, k and v are FP8.
     """
     call = dataclasses.replace(Call(q, k, v, **arguments), implementation="xla")
     validate.check(call)
@@ -107,6 +108,7 @@ def backward(attention: Attention, operands: Operands, dout, lse, delta) -> tupl
         rows, dout, lse, delta = args
         dout = _by_head(dout)
         visible = _visible(attention, rows, keys)
+        dout = jnp.where(visible.any(-1, keepdims=True), dout, 0)
         scores = _scores(attention, rows, keys)
         weights = jnp.where(visible, jnp.exp(scores - _columns(lse)), 0)
         v_scale = _columns(rows.v_scale)

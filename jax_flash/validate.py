@@ -18,6 +18,8 @@ DTYPES = ("float16", "bfloat16", "float32", "float8_e4m3fn")
 FLOAT_DTYPES = ("float16", "bfloat16", "float32")
 IMPLEMENTATIONS = ("cuda", "cpu", "xla")
 MAX_HEAD_DIM = 256
+SOFTCAP_RANGE = (1e-30, 1e30)
+"""Beyond it a score over the softcap, or the softmax scale over it, leaves the normal float32."""
 
 _SHORT = reprlib.Repr()
 _SHORT.maxlevel, _SHORT.maxlist, _SHORT.maxtuple = 2, 3, 3
@@ -32,7 +34,7 @@ def check(call: Call) -> None:
     _check_sequences(call)
     _check_descales(call)
     _check_softmax(call)
-    _check_out_dtype(call.out_dtype)
+    check_float_dtype("out_dtype", call.out_dtype)
     check_bool("causal", call.causal)
     check_bool("return_lse", call.return_lse)
 
@@ -121,11 +123,11 @@ def check_boundaries(name, x) -> None:
         raise ValueError(f"{name} must have shape (sequences + 1,), got shape {x.shape}.")
 
 
-def check_lengths(name, x, batch) -> None:
+def check_lengths(name, x, shape) -> None:
     """Checks lengths of sequences."""
     _check_int32(name, x)
-    if x.shape != batch:
-        raise ValueError(f"{name} must have shape {batch}, one length a sequence, got shape {x.shape}.")
+    if x.shape != shape:
+        raise ValueError(f"{name} must have shape {shape}, one length a sequence, got shape {x.shape}.")
 
 
 def _check_int32(name, x) -> None:
@@ -175,9 +177,10 @@ def _check_softmax(call: Call) -> None:
     _check_factor("softmax_scale", call.softmax_scale, ((),))
     if not is_real(call.softcap):
         raise TypeError(f"softcap must be a Python float known while tracing, got {describe(call.softcap)}.")
-    if call.softcap and not (_fits_float32(call.softcap) and 2.0**-126 <= float(call.softcap) <= 2.0**126):
+    least, most = SOFTCAP_RANGE
+    if call.softcap and not (_fits_float32(call.softcap) and least <= float(call.softcap) <= most):
         raise ValueError(
-            f"softcap must be 0 (off) or positive, from 2**-126 to 2**126, got {_SHORT.repr(call.softcap)}."
+            f"softcap must be 0 (off) or positive, from {least} to {most}, got {_SHORT.repr(call.softcap)}."
         )
 
     window = call.window_size
@@ -196,10 +199,13 @@ def _check_softmax(call: Call) -> None:
             raise ValueError(f"sinks must have shape ({heads},), one logit a query head, got shape {call.sinks.shape}.")
 
 
-def _check_out_dtype(out_dtype) -> None:
-    if out_dtype is not None and dtype_name(out_dtype) not in FLOAT_DTYPES:
-        name = dtype_name(out_dtype) or describe(out_dtype)
-        raise TypeError(f"out_dtype must be None or one of {FLOAT_DTYPES}, got {name}.")
+def check_float_dtype(name, x) -> None:
+    """Checks a dtype of results."""
+    if x is None:
+        return
+    dtype = dtype_name(x)
+    if dtype not in FLOAT_DTYPES:
+        raise TypeError(f"{name} must be None or one of {FLOAT_DTYPES}, got {dtype or describe(x)}.")
 
 
 def dtype_name(x) -> str | None:
@@ -207,9 +213,10 @@ def dtype_name(x) -> str | None:
     if not isinstance(x, (str, type, np.dtype)):
         return None
     try:
-        return np.dtype(x).name
+        name = np.dtype(x).name
     except (TypeError, ValueError):
         return None
+    return None if name == "object" else name  # what NumPy makes of any class
 
 
 def check_bool(name, x) -> None:
@@ -220,7 +227,11 @@ def check_bool(name, x) -> None:
 
 def is_array(x) -> bool:
     """Whether JAX takes x as an array as it is: neither masked nor of foreign byte order."""
-    return isinstance(x, (jax.Array, np.ndarray)) and not isinstance(x, np.ma.MaskedArray) and x.dtype.isnative
+    return isinstance(x, (jax.Array, np.ndarray)) and not isinstance(x, np.ma.MaskedArray) and _is_native(x.dtype)
+
+
+def _is_native(dtype) -> bool:
+    return getattr(dtype, "isnative", True)  # JAX's own, such as that of random keys, do not say
 
 
 def _is_int(x) -> bool:
@@ -245,7 +256,7 @@ def describe(x) -> str:
         return f"a traced {x.dtype.name} array of shape {x.shape}"
     if isinstance(x, (jax.Array, np.ndarray)):
         kind = "masked " if isinstance(x, np.ma.MaskedArray) else ""
-        kind += "" if x.dtype.isnative else "byte-swapped "
+        kind += "" if _is_native(x.dtype) else "byte-swapped "
         kind += x.dtype.name
         return f"{'an' if kind.startswith('int') else 'a'} {kind} array of shape {x.shape}"
     return f"{_SHORT.repr(x)} of type {type(x).__name__}"

@@ -284,6 +284,13 @@ SCALES = [
     )
 ]
 
+# The least is served everywhere, the most by no CUDA kernel.
+SOFTCAPS = [
+    Case(id="bfloat16-least-softcap", softcap=1e-30, softmax_scale=10.0, causal=True),
+    Case(id="float32-least-softcap", dtype="float32", softcap=1e-30, softmax_scale=10.0, causal=True),
+    Case(id="float32-most-softcap", dtype="float32", softcap=1e30, softmax_scale=0.3, sinks=True),
+]
+
 # As good as unbounded, and not to be added to a position in 32 bits.
 WINDOWS = [
     Case(id=f"{dtype}-window-{left}-{right}", dtype=dtype, window_size=(left, right), packed_k=dtype == "float16")
@@ -307,4 +314,4 @@ OUT_DTYPES = [
     )
 ]
 
-CASES = [*EXAMPLES, *FA3, *HEAD_DIMS, *FEATURES, *LONG, *SCALES, *WINDOWS, *OUT_DTYPES]
+CASES = [*EXAMPLES, *FA3, *HEAD_DIMS, *FEATURES, *LONG, *SCALES, *SOFTCAPS, *WINDOWS, *OUT_DTYPES]

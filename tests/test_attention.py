@@ -58,9 +58,11 @@ def test_wrong_hint_changes_nothing(kernel, max_seqlen):
         np.testing.assert_array_equal(x, y)
 
 
-def test_nan_in_a_used_row_is_not_hidden(implementation):
-    arguments = Case(id="used-nan").arguments()
-    arguments["k"][1, 4, 1] = np.nan
+@pytest.mark.parametrize("sinks", [{}, {"sinks": np.full(6, -np.inf, np.float32)}], ids=["no-sinks", "sinks"])
+@pytest.mark.parametrize("keys", [4, slice(None)], ids=["one-key", "all-keys"])
+def test_nan_in_a_used_row_is_not_hidden(implementation, keys, sinks):
+    arguments = Case(id="used-nan").arguments() | sinks
+    arguments["k"][1, keys, 1] = np.nan
     out, lse = (np.asarray(x, np.float32) for x in run(arguments, implementation=implementation))
     spoilt = np.zeros((3, 6), bool)
     spoilt[1, 3:] = True

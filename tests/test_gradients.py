@@ -9,7 +9,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from cases import FEATURES, HEAD_DIMS, Case
+from cases import FEATURES, HEAD_DIMS, SOFTCAPS, Case
 from conftest import on_each_kernel
 from jax.test_util import check_grads
 from tolerance import check_close, factor, jit_reference, low_precision
@@ -24,6 +24,7 @@ CASES = [
     *(case for case in FEATURES if case.dtype != "float8_e4m3fn"),
     *(case for case in HEAD_DIMS if case.id in ("bfloat16-d8-8", "bfloat16-d256-256", "bfloat16-d64-256")),
     *(case for case in HEAD_DIMS if case.id in ("float16-d72-72", "float32-d8-72")),
+    *SOFTCAPS,
     Case(id="no-lse", return_lse=False, causal=True),
     Case(id="empty-sequences", q_lens=(0, 9, 30), k_lens=(12, 0, 25), packed_q=True, packed_k=True, causal=True),
     Case(id="nonsense-seqused", q_lens=(23, 23), k_lens=(41, 41), seqused_q=(-5, 10**9), seqused_k=(10**9, 7)),
@@ -129,18 +130,23 @@ def test_fp8_has_no_gradient(implementation, q_len):
     assert jax.grad(lambda scale: loss(*jax.lax.stop_gradient((q, scale))))(jnp.float32(0.2)) == 0
 
 
-def test_nan_cotangents_of_unused_rows_do_not_spread(implementation):
+@pytest.mark.parametrize(
+    "case",
+    [
+        Case(id="unused", seqused_q=(9, 37, 0), seqused_k=(50, 20, 53), sinks=True, descales="head"),
+        Case(id="blind", k_lens=(20,) * 3, seqused_k=(20, 0, 13), causal=True, sinks=True, descales="head"),
+    ],
+    ids=str,
+)
+def test_nan_cotangents_of_rows_of_zeros_do_not_spread(implementation, case):
     """A NaN where a row of zeros is differentiated, as by a norm, and the result thrown away."""
-    case = Case(id="unused", seqused_q=(9, 37, 0), seqused_k=(50, 20, 53), sinks=True, softmax_scale=0.2)
-    arguments = case.arguments()
-    used = np.arange(37)[:, None, None] < np.array(case.seqused_q)[:, None, None, None]
 
     def results(call):
         out, lse = by_kernel(implementation)(call)
-        norm = jnp.sqrt(jnp.square(out.astype(jnp.float32)).sum(-1, keepdims=True))
-        return jnp.where(used, norm, 0), lse
+        norm = jnp.sqrt(jnp.square(out.astype(jnp.float32)).sum(-1))
+        return jnp.where((out != 0).any(-1), norm, 0), lse
 
-    for name, gradient in gradients(arguments, results).items():
+    for name, gradient in gradients(case.arguments() | {"softmax_scale": 0.2}, results).items():
         assert not np.isnan(np.asarray(gradient, np.float32)).any(), name
 
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import functools
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -71,7 +73,7 @@ def test_rows_are_counted_in_32_bits(length, served):
     x = jax.ShapeDtypeStruct((1, length, 1, 8), jnp.bfloat16)
     attention, operands = canonical.canonical(Call(**Case(id="small").arguments()))
     reason = launch.why_not_served(attention, operands._replace(k=x, v=x))
-    assert reason is None if served else "has 536870912 or more" in reason
+    assert reason is None if served else "are 536870912 or more" in reason
 
 
 def test_missing_nvrtc_runs_as_plain_jnp_on_cuda(monkeypatch):
@@ -91,6 +93,14 @@ def test_float32_is_refused_where_cuda_is_named(monkeypatch):
     monkeypatch.setattr(launch, "why_no_cuda", lambda: None)
     with pytest.raises(NotImplementedError, match=r"'cuda' cannot run here: the CUDA kernels take .*, not float32"):
         lowered("cuda", Case(id="float32", dtype="float32"), implementation="cuda")
+
+
+def test_too_many_rows_by_vmap_are_refused_where_cuda_is_named(monkeypatch):
+    monkeypatch.setattr(launch, "why_no_cuda", lambda: None)
+    x = jax.ShapeDtypeStruct((2**10, 1, 2**19, 1, 8), jnp.bfloat16)
+    attend = jax.jit(jax.vmap(functools.partial(jax_flash.attention, implementation="cuda")))
+    with pytest.raises(NotImplementedError, match=r"'cuda' cannot run here: .* are 536870912 or more"):
+        jax.export.export(attend, platforms=["cuda"])(x, x, x)
 
 
 def test_other_gpus_are_named_by_their_capability(monkeypatch):

@@ -6,8 +6,10 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from flax import nnx
 from test_nn import BATCH, FEATURES, LENGTH, flash_attention, flax_attention, in_each_framework, random
 
+import jax_flash
 from jax_flash.nn import attention_fn
 
 ARRAYS = dict.fromkeys(("query", "key", "value"), np.ones((2, 3, 7, 4, 16), np.float32))
@@ -27,6 +29,8 @@ BAD = {
     "dropout-none": ({"dropout_rate": None}, NotImplementedError, "dropout_rate must be 0 unless .* got None"),
     "deterministic": ({"deterministic": None}, TypeError, "deterministic must be a Python bool .* got None"),
     "is-causal": ({"is_causal": np.ones(1)}, TypeError, "is_causal must be a Python bool .* got a float64 array"),
+    "causal": ({"causal": None}, TypeError, "^causal must be a Python bool .* got None"),
+    "dtype-class": ({"dtype": dict}, TypeError, "dtype must be None or a dtype, got <class 'dict'>"),
     "dtype": ({"dtype": "wide"}, TypeError, "dtype must be None or a dtype, got 'wide'"),
     "query-list": ({"query": [[1.0]]}, TypeError, r"query must be an array, got \[\[1.0\]\] of type list"),
     "value-none": ({"value": None}, TypeError, "value must be an array, got None"),
@@ -116,6 +120,7 @@ def test_module_refuses_fields(framework, fields, error, message):
     ("x", "call", "error", "message"),
     [
         ([1.0], {}, TypeError, r"x must be an array, got \[1.0\] of type list"),
+        (jax.random.key(0), {}, ValueError, r"x must have shape .* got shape \(\)"),
         (np.ones((2, 3, 5, FEATURES)), {}, ValueError, r"x must have shape .* got shape \(2, 3, 5, 48\)"),
         (np.ones((5, FEATURES)), {}, ValueError, r"cu_seqlens must be given for packed x of shape \(5, 48\), got None"),
         (
@@ -142,6 +147,11 @@ def test_module_refuses_arguments(framework, x, call, error, message):
     layer = flash_attention(framework)
     with pytest.raises(error, match=message):
         layer.apply(layer.params, x, **call)
+
+
+def test_nnx_names_its_features():
+    with pytest.raises(ValueError, match="in_features must be at least 1, got 0"):
+        jax_flash.nn.nnx.FlashAttention(4, 0, rngs=nnx.Rngs(0))
 
 
 def test_nnx_refuses_other_features():

@@ -1,6 +1,7 @@
 // Clear: what the values of unused keys hold, NaN perhaps, must not meet the tensor cores.
 #pragma once
 
+#include "hopper/types.cuh"
 #include "spec.h"
 #include "storage.cuh"
 

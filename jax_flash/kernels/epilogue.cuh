@@ -2,9 +2,13 @@
 #pragma once
 
 #include "fragment.cuh"
+#include "hopper/types.cuh"
+#include "hopper/warp.cuh"
 #include "mainloop.cuh"
 #include "operands.cuh"
+#include "params.h"
 #include "softmax.cuh"
+#include "spec.h"
 #include "tile.cuh"
 
 namespace jax_flash {

@@ -1,6 +1,10 @@
 // Forward attention on compute capability 9.0. One CTA per SM walks over tiles of kTileM query rows of one head: the
 // first warpgroup loads Q, K and V by TMA, each further one computes 64 of the rows.
 #include "epilogue.cuh"
+#include "fragment.cuh"
+#include "hopper/barrier.cuh"
+#include "hopper/tma.cuh"
+#include "hopper/types.cuh"
 #include "hopper/warp.cuh"
 #include "load.cuh"
 #include "mainloop.cuh"
@@ -8,6 +12,7 @@
 #include "params.h"
 #include "schedule.cuh"
 #include "softmax.cuh"
+#include "spec.h"
 #include "storage.cuh"
 #include "tile.cuh"
 

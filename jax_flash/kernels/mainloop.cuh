@@ -6,11 +6,15 @@
 
 #include "clear.cuh"
 #include "fragment.cuh"
+#include "hopper/barrier.cuh"
+#include "hopper/types.cuh"
 #include "hopper/wgmma.cuh"
 #include "mask.cuh"
+#include "params.h"
 #include "softmax.cuh"
 #include "spec.h"
 #include "storage.cuh"
+#include "tile.cuh"
 #include "wgmma.h"
 
 namespace jax_flash {
@@ -59,7 +63,7 @@ class Consumer {
   // `o` becomes the sum of P V, not yet divided by the row sums in `softmax`.
   __device__ __forceinline__ void run(const Tile& tile, const KeyRange& range, float scale, Output& o,
                                       Softmax& softmax) {
-    scale_over_softcap_ = fabsf(scale) / params_.softcap;
+    if constexpr (spec::kSoftcap) scale_over_softcap_ = fabsf(scale) / params_.softcap;
 
     shared_.q_pipe.full.wait(q_ring_.phase);
     if (scale < 0.0f) negate_q();

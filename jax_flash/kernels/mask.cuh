@@ -2,6 +2,9 @@
 #pragma once
 
 #include "fragment.cuh"
+#include "hopper/types.cuh"
+#include "params.h"
+#include "spec.h"
 #include "tile.cuh"
 
 namespace jax_flash {

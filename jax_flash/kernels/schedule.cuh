@@ -150,11 +150,13 @@ class Schedule {
   const Params& params_;
   int round_ = 0;
   int index_ = 0;
-  int pairs_per_section_ = 1;  // pairs are worked on in sections of so many: one without a right window,
-  int sections_ = 1;           // and how many sections there are; not used then
-  int chunk_ = 0;              // first segment of the 32 that the warp looks at,
-  int chunk_row_ = 0;          // where it begins, counted over all groups,
-  int chunk_tiles_ = 0;        // and the tiles before it
+  // Used under a causal mask or another right window alone:
+  int pairs_per_section_ = 1;  // pairs are worked on in sections of so many,
+  int sections_ = 1;           // and how many sections there are.
+  // Used with packed queries alone:
+  int chunk_ = 0;        // first segment of the 32 that the warp looks at,
+  int chunk_row_ = 0;    // where it begins, counted over all groups,
+  int chunk_tiles_ = 0;  // and the tiles before it
 };
 
 }  // namespace jax_flash

@@ -61,7 +61,7 @@ struct Softmax {
       const float largest = row_max[r] * scale_log2 - kOffset;
       if constexpr (spec::kSinks) {
         const float reference = fmaxf(largest, sink * kLog2E);
-        const bool seen = reference != -kInfinity;
+        const bool seen = reference != -kInfinity || sum != 0.0f;  // NaN is not 0
         const float weight = seen ? exp2_approx(largest - reference) : 0.0f;
         const float total = seen ? sum * weight + exp2_approx(sink * kLog2E - reference) : 1.0f;
         factor[r] = weight / total;

@@ -6,6 +6,7 @@
 
 #include "fragment.cuh"
 #include "hopper/barrier.cuh"
+#include "hopper/types.cuh"
 #include "hopper/warp.cuh"
 #include "spec.h"
 

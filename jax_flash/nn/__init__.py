@@ -107,6 +107,7 @@ def attention_fn(
     _must_be_none("attn_weights_value_einsum", attn_weights_value_einsum, "no kernel here calls it")
     validate.check_bool("deterministic", deterministic)
     validate.check_bool("is_causal", is_causal)
+    validate.check_bool("causal", causal)
     if not (deterministic or (validate.is_real(dropout_rate) and dropout_rate == 0)):
         raise NotImplementedError(
             f"dropout_rate must be 0 unless deterministic is True, got {validate.describe(dropout_rate)}: no kernel "
@@ -162,12 +163,14 @@ def _must_be_none(name: str, given: Any, reason: str) -> None:
 
 def _batch(query: jax.Array, key: jax.Array, value: jax.Array) -> tuple[int, ...]:
     """The batch dimensions. Folded ones would hide that they differ, so that is checked here."""
-    for name, x in (("query", query), ("key", key), ("value", value)):
+    arrays = {"query": query, "key": key, "value": value}
+    for name, x in arrays.items():
         if not validate.is_array(x):
             raise TypeError(f"{name} must be an array, got {validate.describe(x)}.")
-        batch = query.shape[:-3]
         if x.ndim < 3:
             raise ValueError(f"{name} must have shape (batch.., length, heads, head_dim), got shape {x.shape}.")
+    batch = query.shape[:-3]
+    for name, x in arrays.items():
         if x.shape[:-3] != batch:
             raise ValueError(f"{name} must have the batch dimensions of query, {batch}, got shape {x.shape}.")
     return batch

@@ -31,12 +31,19 @@ class Fields(Protocol):
     implementation: str | None
 
 
-def projections(module: Fields, features: int) -> dict[str, tuple[tuple[int, ...], tuple[int, ...]]]:
-    """Name, input dims and output dims of each projection, named and shaped as in Flax's multi-head modules."""
+Shape = tuple[int, ...]
+
+
+def projections(module: Fields, features: int, name_of_features: str) -> dict[str, tuple[Shape, Shape]]:
+    """Name, input dims and output dims of each projection, named and shaped as in Flax's multi-head modules.
+
+    Raises:
+      TypeError, ValueError, NotImplementedError: a field is wrong, or `features`, which the user knows by its name.
+    """
     for name in ("num_heads", "num_kv_heads", "head_dim", "out_features"):
         if getattr(module, name) is not None:
             validate.check_positive(name, getattr(module, name))
-    validate.check_positive("features of x", features)
+    validate.check_positive(name_of_features, features)
     _check_dtype(module.dtype)
     num_heads = module.num_heads
     num_kv_heads = num_heads if module.num_kv_heads is None else module.num_kv_heads
@@ -44,7 +51,7 @@ def projections(module: Fields, features: int) -> dict[str, tuple[tuple[int, ...
         raise ValueError(f"num_heads must be a multiple of num_kv_heads, got {num_heads} and {num_kv_heads}.")
     if module.head_dim is None and features % num_heads:
         raise ValueError(
-            f"head_dim must be given where num_heads does not divide the features of x, got {num_heads} heads and "
+            f"head_dim must be given where num_heads does not divide {name_of_features}, got {num_heads} heads and "
             f"{features} features."
         )
     head_dim = features // num_heads if module.head_dim is None else module.head_dim
@@ -58,17 +65,12 @@ def projections(module: Fields, features: int) -> dict[str, tuple[tuple[int, ...
 
 
 def _check_dtype(dtype) -> None:
-    if dtype is None:
-        return
-    name = validate.dtype_name(dtype)
-    if name == "float8_e4m3fn":
+    if validate.dtype_name(dtype) == "float8_e4m3fn":
         raise NotImplementedError(
             "dtype must be float16, bfloat16 or float32, got float8_e4m3fn: the modules do not scale what they project "
             "to its range; jax_flash.attention takes it."
         )
-    if name not in validate.FLOAT_DTYPES:
-        got = name or validate.describe(dtype)
-        raise TypeError(f"dtype must be None or one of {validate.FLOAT_DTYPES}, got {got}.")
+    validate.check_float_dtype("dtype", dtype)
 
 
 def check_arguments(x, cu_seqlens, seqused) -> None:

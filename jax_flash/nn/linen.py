@@ -89,6 +89,6 @@ class FlashAttention(linen.Module):
                 bias_init=self.bias_init,
                 name=name,
             )
-            for name, (inputs, outputs) in _common.projections(self, x.shape[-1]).items()
+            for name, (inputs, outputs) in _common.projections(self, x.shape[-1], "features of x").items()
         }
         return _common.self_attention(self, layers, x, cu_seqlens, seqused)

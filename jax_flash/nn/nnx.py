@@ -28,7 +28,8 @@ class FlashAttention(nnx.Module):
       num_kv_heads: as in `jax_flash.nn.linen.FlashAttention`; so are all that follow.
 
     Raises:
-      ValueError: a number of heads or features is wrong; names it, what was expected and what came.
+      TypeError, ValueError: an argument is wrong; names it, what was expected and what came.
+      NotImplementedError: no kernel here serves it, such as float8_e4m3fn as dtype.
 
     Example:
       layer = jax_flash.nn.nnx.FlashAttention(8, 512, num_kv_heads=2, causal=True, dtype=jnp.bfloat16, rngs=nnx.Rngs(0))
@@ -67,7 +68,7 @@ class FlashAttention(nnx.Module):
         self.dtype = dtype
         self.implementation = implementation
 
-        shapes = _common.projections(self, in_features)
+        shapes = _common.projections(self, in_features, "in_features")
 
         def linear(name):
             inputs, outputs = shapes[name]
