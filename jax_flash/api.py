@@ -109,7 +109,7 @@ def attention(
     validate.check(call)
     computed, operands = canonical.canonical(call)
     if reason := _why_not(computed, operands):
-        raise NotImplementedError(f"implementation {implementation!r} cannot run here: {reason}")
+        raise launch.cannot_run(implementation, reason)
     # Without a query, a key or a value there is nothing for a kernel to do.
     if implementation == "xla" or 0 in (*operands.q.shape, *operands.v.shape, operands.batch):
         out, lse = reference.forward(computed, operands)

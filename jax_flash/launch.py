@@ -33,6 +33,11 @@ _registered: set[str] = set()
 _registering = threading.Lock()
 
 
+def cannot_run(implementation: str | None, reason: str) -> NotImplementedError:
+    """The error where an implementation asked for by name cannot serve a call."""
+    return NotImplementedError(f"implementation {implementation!r} cannot run here: {reason}")
+
+
 def params_attribute(params: Params) -> dict[str, np.int32 | np.float32]:
     """Params as an FFI attribute: the type of each field is the one that kernels/params.h gives it."""
     return {

@@ -153,7 +153,7 @@ def _forward_cuda(*arrays, attention: Attention):
     operands = Operands(*arrays)
     if reason := launch.why_not_served(attention, operands):
         if attention.implementation == "cuda":  # what `vmap` made of a call that was served
-            raise NotImplementedError(f"implementation 'cuda' cannot run here: {reason}")
+            raise launch.cannot_run("cuda", reason)
         _warn_reference(reason)
         return reference.forward(attention, operands)
     return launch.forward_cuda(attention, operands)
@@ -183,10 +183,8 @@ def _for(platform, function):
 
     def checked(*arrays, attention: Attention):
         if attention.implementation not in (None, platform):
-            raise NotImplementedError(
-                f"implementation {attention.implementation!r} cannot run here: the computation is compiled for "
-                f"{'platform ' + platform if platform else 'another platform'}."
-            )
+            where = f"platform {platform}" if platform else "another platform"
+            raise launch.cannot_run(attention.implementation, f"the computation is compiled for {where}.")
         return function(*arrays, attention=attention)
 
     return mlir.lower_fun(checked, multiple_results=True)

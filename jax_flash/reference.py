@@ -100,15 +100,14 @@ def backward(attention: Attention, operands: Operands, dout, lse, delta) -> tupl
     narrow = operands.q.dtype
     rows, keys = _rows_and_keys(operands, narrow)
     like_q = rows.q.shape[:4]
-    dout = _used(dout.reshape(*like_q, -1), rows.used).astype(narrow)
+    dout = dout.reshape(*like_q, -1).astype(narrow)
     lse, delta = (jnp.swapaxes(x, 1, 2).reshape(like_q) for x in (lse, delta))
 
     def block(sums, args):
         dk, dv = sums
         rows, dout, lse, delta = args
-        dout = _by_head(dout)
         visible = _visible(attention, rows, keys)
-        dout = jnp.where(visible.any(-1, keepdims=True), dout, 0)
+        dout = jnp.where(visible.any(-1, keepdims=True), _by_head(dout), 0)  # whatever rows that see no key hold
         scores = _scores(attention, rows, keys)
         weights = jnp.where(visible, jnp.exp(scores - _columns(lse)), 0)
         v_scale = _columns(rows.v_scale)

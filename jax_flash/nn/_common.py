@@ -12,6 +12,8 @@ from jax_flash import api, validate
 
 NEEDS_FLAX = "{} needs flax; install it with: pip install 'jax-flash[flax]'."
 
+Shape = tuple[int, ...]
+
 # Flax's own defaults.
 KERNEL_INIT = jax.nn.initializers.lecun_normal()
 BIAS_INIT = jax.nn.initializers.zeros
@@ -29,9 +31,6 @@ class Fields(Protocol):
     softcap: float
     dtype: DTypeLike | None
     implementation: str | None
-
-
-Shape = tuple[int, ...]
 
 
 def projections(module: Fields, features: int, name_of_features: str) -> dict[str, tuple[Shape, Shape]]:
