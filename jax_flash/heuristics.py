@@ -20,6 +20,9 @@ HEAD_DIMS = (64, 96, 128, 192, 256)
 _SWIZZLE_BYTES = 128
 """A row of Q, K or 16-bit V in shared memory takes a multiple of this."""
 
+_WORK_BYTES = 4 * 96
+"""Four descriptions of a tile."""
+
 _BASE_REGISTERS = {2: 36, 3: 32}
 """What a consumer thread takes besides output, scores, P and product, by consumers of a CTA: found by compiling."""
 _FEATURE_REGISTERS = {"packed_q": 4, "packed_k": 4, "window_left": 4, "softcap": 11}
@@ -72,11 +75,14 @@ def candidates(fixed: dict) -> Iterator[KernelSpec]:
     # A diagonal wastes half of each masked block, which narrower steps make smaller.
     widest = 128 if fixed["window_left"] or fixed["window_right"] else 256
     for consumers, tile_n, tile_v in itertools.product((2, 3), range(step, widest + 1, step), pieces):
-        tiling = {"tile_m": 64 * consumers, "tile_n": tile_n, "tile_v": tile_v, "stages": 2}
+        tiling = {"tile_m": 64 * consumers, "tile_n": tile_n, "tile_v": tile_v, "q_stages": 1, "stages": 2}
         producer, consumer = register_split(fixed, consumers)
         yield KernelSpec(
             **fixed,
             **tiling,
+            ping_pong=True,
+            rescale_threshold=0,
+            integer_max=False,
             threads=128 * (consumers + 1),
             producer_registers=producer,
             consumer_registers=consumer,
@@ -98,14 +104,15 @@ def _finds_bounds(fixed: dict) -> bool:
     return fixed["packed_q"] or fixed["packed_k"] or fixed["window_left"]
 
 
-def shared_bytes(fixed: dict, *, tile_m: int, tile_n: int, tile_v: int, stages: int) -> int:
+def shared_bytes(fixed: dict, *, tile_m: int, tile_n: int, tile_v: int, q_stages: int, stages: int) -> int:
     """Bytes of SharedStorage in kernels/storage.cuh, which checks this number."""
     size = element_bytes(fixed["element"])
     q = tile_m * _up(fixed["head_dim"] * size, _SWIZZLE_BYTES)
     k = tile_n * _up(fixed["head_dim"] * size, _SWIZZLE_BYTES)
     v = tile_n * (fixed["head_dim_v"] if size == 1 else _up(fixed["head_dim_v"] * size, _SWIZZLE_BYTES))
-    barriers = 16 * (1 + 2 * stages)
-    return _up(q + stages * (k + v) + barriers, 1024)
+    barriers = 16 * (q_stages * tile_m // 64 + 2 * stages)
+    out = 16 * tile_m // 8 * 64
+    return _up(q_stages * q + stages * (k + v) + out + barriers + _WORK_BYTES, 1024)
 
 
 def _up(number: int, multiple: int) -> int:

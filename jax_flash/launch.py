@@ -203,13 +203,13 @@ def compile_best(entry: str, specs: list[KernelSpec]) -> tuple[KernelSpec, jit.K
     return compiled[0]
 
 
-def forward_cuda(attention: Attention, operands: Operands):
-    """The CUDA forward kernel: out and lse."""
+def forward_cuda(attention: Attention, operands: Operands, specs: list[KernelSpec] | None = None):
+    """The CUDA forward kernel: out and lse. `specs` are the kernels to choose from, by default those of heuristics.py."""
     register("cuda")
-    spec, kernel = compile_best("forward.cu", kernel_specs(attention, operands))
+    spec, kernel = compile_best("forward.cu", specs or kernel_specs(attention, operands))
     params = Params.of(attention, operands)
     size = operands.q.dtype.itemsize
-    maps = [_rows_map(0, operands.q.shape, size, spec.tile_m), _rows_map(1, operands.k.shape, size, spec.tile_n)]
+    maps = [_rows_map(0, operands.q.shape, size, 64), _rows_map(1, operands.k.shape, size, spec.tile_n)]
     if size == 1:
         operands = operands._replace(v=transpose_fp8_values(operands.v))
         maps.append(_columns_map(2, operands.v.shape, spec.head_dim_v))

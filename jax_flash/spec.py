@@ -185,8 +185,16 @@ class KernelSpec:
     """Keys of one step of the main loop."""
     tile_v: int
     """Columns of V multiplied at a time."""
+    q_stages: int
+    """Buffers for Q."""
     stages: int
     """Buffers for K, and as many for V."""
+    ping_pong: bool
+    """Whether consumer warpgroups take turns to issue their products."""
+    rescale_threshold: int
+    """The output is rescaled when a row's maximum has grown by more than this factor, in log2; 0: at every step."""
+    integer_max: bool
+    """Whether positive maxima are found by comparing floats as integers, three at a time."""
     threads: int
     """Of a CTA: a producer warpgroup and the consumers."""
     producer_registers: int
@@ -205,3 +213,4 @@ class KernelSpec:
     seqused_q: bool
     seqused_k: bool
     lse: bool
+    x1: int = 0

@@ -4,55 +4,135 @@
 #include "fragment.cuh"
 #include "hopper/types.cuh"
 #include "hopper/warp.cuh"
-#include "mainloop.cuh"
 #include "operands.cuh"
 #include "params.h"
 #include "softmax.cuh"
 #include "spec.h"
+#include "storage.cuh"
 #include "tile.cuh"
 
 namespace jax_flash {
 
+// Where row `row` of a tile lies among the rows of all heads of the output, and among those of the log-sum-exp.
+__device__ __forceinline__ i64 output_row(const Tile& tile, const Params& params, int row) {
+  return (static_cast<i64>(tile.q_group) * params.q_rows + tile.q_row + row) * params.heads + tile.head;
+}
+
+__device__ __forceinline__ i64 lse_row(const Tile& tile, const Params& params, int row) {
+  return (static_cast<i64>(tile.q_group) * params.heads + tile.head) * params.q_rows + tile.q_row + row;
+}
+
+// 16-bit rows leave as whole lines of 128 bytes. Each lane of a quad has two columns in eight, so a warp turns its 16
+// rows around in shared memory, 64 columns at a time; there 16 bytes at a time are swizzled by the row.
 template <typename Out>
-__device__ __forceinline__ void store2(void* out, i64 offset, float low, float high) {
-  if constexpr (Out::kBytes == 4) {
-    *reinterpret_cast<float2*>(static_cast<float*>(out) + offset) = float2{low, high};
-  } else {
-    *reinterpret_cast<u32*>(static_cast<u16*>(out) + offset) = pack2<Out>(low, high);
+__device__ __forceinline__ void store_16_bit(const Work& work, const Params& params, const Operands& operands,
+                                             int first_row, const float (&scale)[kRowsPerThread], const Output& o,
+                                             u8* stage) {
+  constexpr int kChunk = kSwizzleBytes / 2;
+  const int lane = lane_index();
+  const int matrix_row = lane % 16;
+  u8* const written = stage + matrix_row * kSwizzleBytes;
+  const int written_vector = lane / 16 ^ lane % 8;
+  const int row = first_row + lane / 8;
+  const i64 row_elements = static_cast<i64>(params.heads) * params.head_dim_v;
+  u16* out = static_cast<u16*>(operands.out) + output_row(work.tile, params, row) * params.head_dim_v + lane % 8 * 8;
+#pragma unroll
+  for (int chunk = 0; chunk < spec::kHeadDimV; chunk += kChunk) {
+#pragma unroll
+    for (int j = 0; j < 8 && chunk + 8 * j < spec::kHeadDimV; j += 2) {
+      const int column = chunk + 8 * j;
+      const float* d = o[column / spec::kTileV] + column % spec::kTileV / 2;
+      u32 words[4];
+#pragma unroll
+      for (int i = 0; i < 4; ++i) words[i] = pack2<Out>(d[2 * i] * scale[i % 2], d[2 * i + 1] * scale[i % 2]);
+      store_matrices(written + (written_vector ^ j) * 16, words);
+    }
+    __syncwarp();
+#pragma unroll
+    for (int i = 0; i < kWarpRows / 4; ++i) {
+      const int read_row = lane / 8 + 4 * i;
+      const uint4 vector = *reinterpret_cast<const uint4*>(stage + read_row * kSwizzleBytes +
+                                                           (lane % 8 ^ read_row % 8) * 16);
+      if (row + 4 * i < work.tile.rows && chunk + lane % 8 * 8 < params.head_dim_v) {
+        *reinterpret_cast<uint4*>(out + 4 * i * row_elements + chunk) = vector;
+      }
+    }
+    __syncwarp();
+  }
+}
+
+__device__ __forceinline__ void store_32_bit(const Work& work, const Params& params, const Operands& operands,
+                                             int first_row, const float (&scale)[kRowsPerThread], const Output& o) {
+#pragma unroll
+  for (int r = 0; r < kRowsPerThread; ++r) {
+    const int row = first_row + lane_index() / 4 + 8 * r;
+    float* out = static_cast<float*>(operands.out) + output_row(work.tile, params, row) * params.head_dim_v;
+#pragma unroll
+    for (int j = 0; j < spec::kHeadDimV / 8; ++j) {
+      const float* d = o[8 * j / spec::kTileV] + 8 * j % spec::kTileV / 2;
+      const int column = fragment_column(j);
+      if (row < work.tile.rows && column < params.head_dim_v) {
+        *reinterpret_cast<float2*>(out + column) = float2{d[2 * r] * scale[r], d[2 * r + 1] * scale[r]};
+      }
+    }
   }
 }
 
 // A row that sees no key is known by its position: what its scores and scales made of the key range of the tile, NaN
 // and infinities included, must not be stored.
-__device__ __forceinline__ void store_rows(const Tile& tile, const Params& params, const Operands& operands,
-                                           int warpgroup, const Output& o, const float (&factor)[kRowsPerThread],
-                                           const float (&lse)[kRowsPerThread], float sink) {
+template <typename Out = spec::Out>
+__device__ __forceinline__ void store_rows(const Work& work, const Params& params, const Operands& operands,
+                                           int first_row, Softmax softmax, Output& o, u8* stage) {
+  const Tile& tile = work.tile;
+  float scale[kRowsPerThread];
+  float lse[kRowsPerThread];
+  softmax.finish(work.sink, scale, lse);
 #pragma unroll
   for (int r = 0; r < kRowsPerThread; ++r) {
-    const int row = warpgroup * kWarpgroupRows + fragment_row(r);
-    if (row >= tile.rows) continue;
+    const int row = first_row + lane_index() / 4 + 8 * r;
     const int q_index = tile.q_index + row;
     const bool used = q_index < tile.q_len;
     const bool sees = used && first_key(tile, params, q_index) < last_key(tile, params, q_index);
-    const i64 row_in_all = static_cast<i64>(tile.q_group) * params.q_rows + tile.q_row + row;
-    const i64 offset = (row_in_all * params.heads + tile.head) * params.head_dim_v;
+    scale[r] *= work.v_scale;
+    if (!__all_sync(kAllLanes, sees)) {
+      if (!sees) {
+        scale[r] = 0.0f;
+        lse[r] = spec::kSinks && used ? work.sink : -kInfinity;
 #pragma unroll
-    for (int piece = 0; piece < kPieces; ++piece) {
+        for (int piece = 0; piece < kPieces; ++piece) {
 #pragma unroll
-      for (int j = 0; j < spec::kTileV / 8; ++j) {
-        const int column = piece * spec::kTileV + fragment_column(j);
-        if (column >= params.head_dim_v) continue;
-        const float low = sees ? o[piece][4 * j + 2 * r] * factor[r] : 0.0f;
-        const float high = sees ? o[piece][4 * j + 2 * r + 1] * factor[r] : 0.0f;
-        store2<spec::Out>(operands.out, offset + column, low, high);
+          for (int i = 2 * r; i < spec::kTileV / 2; i += 4) o[piece][i] = o[piece][i + 1] = 0.0f;
+        }
       }
     }
     if constexpr (spec::kLse) {
-      if (lane_index() % 4 == 0) {
-        const i64 head_in_all = static_cast<i64>(tile.q_group) * params.heads + tile.head;
-        const float blind = spec::kSinks && used ? sink : -kInfinity;
-        operands.lse[head_in_all * params.q_rows + tile.q_row + row] = sees ? lse[r] : blind;
-      }
+      if (row < tile.rows && lane_index() % 4 == 0) operands.lse[lse_row(tile, params, row)] = lse[r];
+    }
+  }
+  if constexpr (Out::kBytes == 4) {
+    store_32_bit(work, params, operands, first_row, scale, o);
+  } else {
+    store_16_bit<Out>(work, params, operands, first_row, scale, o, stage);
+  }
+}
+
+// Rows of a tile that see no key, by one warp.
+__device__ __forceinline__ void store_blind_rows(const Work& work, const Params& params, const Operands& operands,
+                                                 int first_row, int count) {
+  const Tile& tile = work.tile;
+  const int end = min(first_row + count, tile.rows);
+  const int row_vectors = params.head_dim_v * spec::Out::kBytes / 16;
+#pragma unroll 1
+  for (int row = first_row; row < end; ++row) {
+    uint4* out = static_cast<uint4*>(operands.out) + output_row(tile, params, row) * row_vectors;
+#pragma unroll 1
+    for (int i = lane_index(); i < row_vectors; i += kWarpSize) out[i] = uint4{0, 0, 0, 0};
+  }
+  if constexpr (spec::kLse) {
+#pragma unroll 1
+    for (int row = first_row + lane_index(); row < end; row += kWarpSize) {
+      const bool used = tile.q_index + row < tile.q_len;
+      operands.lse[lse_row(tile, params, row)] = spec::kSinks && used ? work.sink : -kInfinity;
     }
   }
 }

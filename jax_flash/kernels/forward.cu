@@ -26,45 +26,56 @@ static_assert(kWarpgroupSize * (spec::kProducerRegisters + kConsumers * spec::kC
                   kThreads * kLaunchRegisters,
               "setmaxnreg waits for ever for registers that the CTA was not launched with");
 
-__device__ __forceinline__ void produce(SharedStorage& shared, const TensorMaps& maps, const Operands& operands,
-                                        const Params& params) {
-  Producer producer{shared, maps};
-  Schedule schedule(operands, params);
-  Tile tile;
-  while (schedule.next(tile)) {
-    const KeyRange range = key_range(tile, params);
-    if (range.empty()) continue;
-    if (lane_index() == 0) producer.load(tile, range, tile.head / (params.heads / params.kv_heads));
-    __syncwarp();
+__device__ __forceinline__ void describe(Work& work, const Tile& tile, const Operands& operands, const Params& params) {
+  const int sequence = max(tile.sequence, 0);
+  work.tile = tile;
+  work.kv_head = tile.head / (params.heads / params.kv_heads);
+  work.scale = __ldg(operands.scale + sequence * params.scale_batch_stride + tile.head * params.scale_head_stride);
+  work.v_scale =
+      __ldg(operands.v_scale + sequence * params.v_scale_batch_stride + work.kv_head * params.v_scale_head_stride);
+  if constexpr (spec::kSinks) {
+    work.sink = __ldg(operands.sinks + sequence * params.sinks_batch_stride + tile.head);
   }
 }
 
-__device__ __forceinline__ void consume(SharedStorage& shared, const Operands& operands, const Params& params,
-                                        int warpgroup) {
-  Consumer consumer(shared, params, warpgroup);
+// The warp that finds the tiles: hands over those that see keys, and stores the rows of those that see none.
+__device__ __forceinline__ void find_tiles(SharedStorage& shared, const Operands& operands, const Params& params) {
+  Ring<kWorkSlots> ring;
   Schedule schedule(operands, params);
-  Tile tile;
-  while (schedule.next(tile)) {
-    const KeyRange range = key_range(tile, params);
-    const int sequence = max(tile.sequence, 0);
-    const int kv_head = tile.head / (params.heads / params.kv_heads);
-    const float scale =
-        __ldg(operands.scale + sequence * params.scale_batch_stride + tile.head * params.scale_head_stride);
-    const float v_scale =
-        __ldg(operands.v_scale + sequence * params.v_scale_batch_stride + kv_head * params.v_scale_head_stride);
-    float sink = 0.0f;
-    if constexpr (spec::kSinks) sink = __ldg(operands.sinks + sequence * params.sinks_batch_stride + tile.head);
-
-    Output o = {};
-    Softmax softmax(scale, params);
-    if (!range.empty()) consumer.run(tile, range, scale, o, softmax);
-
-    float factor[kRowsPerThread];
-    float lse[kRowsPerThread];
-    softmax.finish(sink, factor, lse);
-#pragma unroll
-    for (int r = 0; r < kRowsPerThread; ++r) factor[r] *= v_scale;
-    store_rows(tile, params, operands, warpgroup, o, factor, lse, sink);
+  while (true) {
+    Work& work = shared.work[ring.slot];
+    work.pipe.empty.wait(ring.phase ^ 1);
+    Tile tile;
+    const bool found = schedule.next(tile);
+    if (lane_index() == 0) {
+      if (found) {
+        describe(work, tile, operands, params);
+      } else {
+        work.tile.rows = 0;
+        work.pipe.full.arrive();
+      }
+    }
+    if (!found) return;
+    const KeyRange range = key_range(tile, params, 0, spec::kTileM);
+    if (lane_index() == 0 && !range.empty()) {
+      work.range = range;
+      work.pipe.full.arrive();
+    }
+    __syncwarp();
+    if (spec::kX1 == 1) {
+      constexpr int kLines = (spec::kHeadDim * spec::Element::kBytes + 127) / 128;
+      for (int i = lane_index(); i < spec::kTileM * kLines; i += kWarpSize) {
+        const int row = i / kLines;
+        if (row >= tile.rows) break;
+        const u8* address = static_cast<const u8*>(operands.q) + ((static_cast<i64>(tile.q_group) * params.q_rows + tile.q_row + row) * params.heads + tile.head) * params.head_dim * spec::Element::kBytes + i % kLines * 128;
+        asm volatile("prefetch.global.L2 [%0];" ::"l"(address));
+      }
+    }
+    if (range.empty()) {
+      store_blind_rows(work, params, operands, 0, spec::kTileM);
+    } else {
+      ring.advance();
+    }
   }
 }
 
@@ -86,10 +97,11 @@ extern "C" __global__ void __launch_bounds__(kThreads, 1)
   const int warpgroup = warp / (kWarpgroupSize / kWarpSize);
   if (warpgroup == 0) {
     shrink_registers<spec::kProducerRegisters>();
-    if (warp == 0) produce(shared, maps, operands, params);
+    if (warp == 0 && lane_index() == 0) Loader(shared, maps).run();
+    if (warp == 1) find_tiles(shared, operands, params);
   } else {
     grow_registers<spec::kConsumerRegisters>();
-    consume(shared, operands, params, warpgroup - 1);
+    Consumer(shared, operands, params, warpgroup - 1).run();
   }
 }
 

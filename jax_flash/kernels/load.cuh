@@ -1,4 +1,4 @@
-// Load: the producer, which fills the tiles of Q, K and V.
+// Load: fills the tiles of Q, K and V.
 #pragma once
 
 #include "hopper/barrier.cuh"
@@ -10,62 +10,83 @@
 
 namespace jax_flash {
 
-// The producer, one thread: keeps the rings full, from the last block of keys to the first, tile after tile.
-struct Producer {
-  SharedStorage& shared;
-  const TensorMaps& maps;
-  Ring<1> q_ring;
-  Ring<spec::kStages> ring;  // of K and of V alike
+// One thread: keeps the rings full, from the last block of keys to the first, tile after tile.
+class Loader {
+ public:
+  __device__ __forceinline__ Loader(SharedStorage& shared, const TensorMaps& maps) : shared_(shared), maps_(maps) {}
 
-  __device__ __forceinline__ void load(const Tile& tile, const KeyRange& range, int kv_head) {
-    load_q(tile);
-    for (int block = range.end - 1; block >= range.begin; --block) {
-      const int row = range.origin_row + block * spec::kTileN;
-      load_k(tile, row, kv_head);
-      load_v(tile, row, kv_head);
-      ring.advance();
+  __device__ __forceinline__ void run() {
+    while (true) {
+      Work& work = shared_.work[work_ring_.slot];
+      work.pipe.full.wait(work_ring_.phase);
+      if (work.tile.rows == 0) return;
+      load(work);
+      work_ring_.advance();
     }
   }
 
  private:
-  __device__ __forceinline__ void load_q(const Tile& tile) {
-    Pipe& pipe = shared.q_pipe;
-    pipe.empty.wait(q_ring.phase ^ 1);
-    pipe.full.arrive_expect(kQBytes);
-    for (int i = 0; i < kQkBlocks; ++i) {
-      tma_load(shared.q + i * spec::kTileM * kSwizzleBytes, maps.q, pipe.full, i * kBlockColumns, tile.q_row, tile.head,
-               tile.q_group);
+  // The first keys go ahead of Q if that must wait until the tile before has multiplied its last scores.
+  __device__ __forceinline__ void load(const Work& work) {
+    const int begin = work.range.begin;
+    const int last = work.range.end - 1;
+    if (spec::kQStages > 1) load_q(work.tile);
+#pragma unroll 1
+    for (int block = last; block >= begin; --block) {
+      const int row = work.range.origin_row + block * spec::kTileN;
+      load_k(row, work.kv_head, work.tile.kv_group);
+      if (spec::kQStages == 1 && block == last) load_q(work.tile);
+      load_v(row, work.kv_head, work.tile.kv_group);
+      ring_.advance();
     }
-    q_ring.advance();
   }
 
-  __device__ __forceinline__ void load_k(const Tile& tile, int row, int kv_head) {
-    Pipe& pipe = shared.k_pipe[ring.slot];
-    pipe.empty.wait(ring.phase ^ 1);
+  __device__ __forceinline__ void load_q(const Tile& tile) {
+    for (int consumer = 0; consumer < kConsumers; ++consumer) {
+      Pipe& pipe = shared_.q_pipe[q_ring_.slot][consumer];
+      pipe.empty.wait(q_ring_.phase ^ 1);
+      pipe.full.arrive_expect(kQBytes);
+      for (int i = 0; i < kQkBlocks; ++i) {
+        tma_load(shared_.q[q_ring_.slot][consumer] + i * kWarpgroupRows * kSwizzleBytes, maps_.q, pipe.full, i * kBlockColumns,
+                 tile.q_row + consumer * kWarpgroupRows, tile.head, tile.q_group);
+      }
+    }
+    q_ring_.advance();
+  }
+
+  __device__ __forceinline__ void load_k(int row, int kv_head, int kv_group) {
+    Pipe& pipe = shared_.k_pipe[ring_.slot];
+    pipe.empty.wait(ring_.phase ^ 1);
     pipe.full.arrive_expect(kKBytes);
     for (int i = 0; i < kQkBlocks; ++i) {
-      tma_load(shared.k[ring.slot] + i * spec::kTileN * kSwizzleBytes, maps.k, pipe.full, i * kBlockColumns, row,
-               kv_head, tile.kv_group);
+      tma_load(shared_.k[ring_.slot] + i * spec::kTileN * kSwizzleBytes, maps_.k, pipe.full, i * kBlockColumns, row,
+               kv_head, kv_group);
     }
   }
 
-  __device__ __forceinline__ void load_v(const Tile& tile, int row, int kv_head) {
-    Pipe& pipe = shared.v_pipe[ring.slot];
-    u8* destination = shared.v[ring.slot];
-    pipe.empty.wait(ring.phase ^ 1);
+  __device__ __forceinline__ void load_v(int row, int kv_head, int kv_group) {
+    Pipe& pipe = shared_.v_pipe[ring_.slot];
+    u8* destination = shared_.v[ring_.slot];
+    pipe.empty.wait(ring_.phase ^ 1);
     pipe.full.arrive_expect(kVBytes);
     if constexpr (kFp8) {
       for (int i = 0; i < spec::kTileN / kVKeyBlock; ++i) {
-        tma_load(destination + i * kVKeyBlock * spec::kHeadDimV, maps.v, pipe.full, row + i * kVKeyBlock, 0, kv_head,
-                 tile.kv_group);
+        tma_load(destination + i * kVKeyBlock * spec::kHeadDimV, maps_.v, pipe.full, row + i * kVKeyBlock, 0, kv_head,
+                 kv_group);
       }
     } else {
       for (int i = 0; i < kVBlocks; ++i) {
-        tma_load(destination + i * spec::kTileN * kSwizzleBytes, maps.v, pipe.full, i * kBlockColumns, row, kv_head,
-                 tile.kv_group);
+        tma_load(destination + i * spec::kTileN * kSwizzleBytes, maps_.v, pipe.full, i * kBlockColumns, row, kv_head,
+                 kv_group);
       }
     }
   }
+
+  SharedStorage& shared_;
+  const TensorMaps& maps_;
+  Ring<spec::kQStages> q_ring_;
+  Ring<kWorkSlots> work_ring_;
+  Ring<spec::kStages> ring_;  // of K and of V alike
 };
 
 }  // namespace jax_flash

@@ -1,20 +1,24 @@
-// Main loop of a consumer warpgroup: 64 rows of Q against a range of key blocks, from the last to the first.
+// Main loop of a consumer warpgroup: 64 rows of Q of each tile against the tile's range of key blocks, from the last to
+// the first, tile after tile without a break.
 //
-// The scores of block j are issued to the tensor cores ahead of the values of block j + 1, and the softmax of block j
-// runs while those are multiplied. Warpgroups take turns to issue, so that one's softmax meets the other's products.
+// The scores of one block are issued to the tensor cores ahead of the values of the block before, and the softmax of
+// the one runs while the other is multiplied; the two may belong to different tiles. Warpgroups take turns to issue, so
+// that one's softmax, and its stores at the end of a tile, meet the other's products.
 #pragma once
 
 #include "clear.cuh"
+#include "epilogue.cuh"
 #include "fragment.cuh"
 #include "hopper/barrier.cuh"
 #include "hopper/types.cuh"
+#include "hopper/warp.cuh"
 #include "hopper/wgmma.cuh"
 #include "mask.cuh"
+#include "operands.cuh"
 #include "params.h"
 #include "softmax.cuh"
 #include "spec.h"
 #include "storage.cuh"
-#include "tile.cuh"
 #include "wgmma.h"
 
 namespace jax_flash {
@@ -37,91 +41,177 @@ constexpr u32 kVDescriptor = kFp8 ? descriptor_high(256, Swizzle::k32Bytes) : de
 constexpr int kVLeadingBytes = kFp8 ? 16 : spec::kTileN * kSwizzleBytes;
 constexpr int kVStepBytes = kFp8 ? spec::kHeadDimV * kVKeyBlock : 16 * kSwizzleBytes;
 
-// PV is multiplied in pieces of kTileV columns. Hopper's FP8 tensor cores keep about 14 bits in their accumulator, so
-// an FP8 product of one block goes to a fresh accumulator and is added to the output in float32; 16-bit adds up in
-// place.
-constexpr int kPieces = spec::kHeadDimV / spec::kTileV;
 constexpr int kPieceBytes =
     kFp8 ? spec::kTileV * kVKeyBlock : spec::kTileV / kBlockColumns * spec::kTileN * kSwizzleBytes;
-static_assert(kPieces * spec::kTileV == spec::kHeadDimV && (kFp8 || kPieces == 1),
-              "16-bit values are multiplied whole");
-
-using Scores = float[spec::kTileN / 2];
-using Piece = float[spec::kTileV / 2];
-using Output = Piece[kPieces];
 
 class Consumer {
  public:
-  __device__ __forceinline__ Consumer(SharedStorage& shared, const Params& params, int warpgroup)
-      : shared_(shared), params_(params), warpgroup_(warpgroup) {
-    q_descriptor_ = descriptor_low(shared.q + warpgroup * kWarpgroupRows * kSwizzleBytes, 16);
+  __device__ __forceinline__ Consumer(SharedStorage& shared, const Operands& operands, const Params& params,
+                                      int warpgroup)
+      : shared_(shared), operands_(operands), params_(params), warpgroup_(warpgroup) {
     k_descriptor_ = descriptor_low(shared.k, 16);
     v_descriptor_ = descriptor_low(shared.v, kVLeadingBytes);
-    if (kConsumers > 1 && warpgroup == 0) named_arrive(kTurnBarrier, 2 * kWarpgroupSize);
+    if (spec::kPingPong && warpgroup == 0) named_arrive(kTurnBarrier, 2 * kWarpgroupSize);
   }
 
-  // `o` becomes the sum of P V, not yet divided by the row sums in `softmax`.
-  __device__ __forceinline__ void run(const Tile& tile, const KeyRange& range, float scale, Output& o,
-                                      Softmax& softmax) {
-    if constexpr (spec::kSoftcap) scale_over_softcap_ = fabsf(scale) / params_.softcap;
-
-    shared_.q_pipe.full.wait(q_ring_.phase);
-    if (scale < 0.0f) negate_q();
-
+  // Works until the producer hands over no more tiles.
+  __device__ __forceinline__ void run() {
     Scores s;
     Probabilities<spec::Element, spec::kTileN> p;
+    Output o;
     float rescale[kRowsPerThread];
+    bool more = take();
+    while (more) {
+      if (end_ <= begin_) {
+        skip(*work_, work_->range.end, work_->range.begin);
+        store_blind();
+        work_->pipe.release();
+        more = take();
+        continue;
+      }
+      skip(*work_, work_->range.end, end_);
+      Softmax softmax(work_->scale, params_);
+      begin_scores(s);
+      end_turn();
+      finish_scores<0>(s);
+      probabilities<true>(s, softmax, rescale);
+      p.pack(s);
+      clear(o);
 
-    int block = range.end - 1;
-    shared_.k_pipe[k_ring_.slot].full.wait(k_ring_.phase);
-    wgmma_fence();
-    issue_scores(s);
-    wgmma_commit();
-    finish_scores<0>(s);
-    probabilities<true>(s, tile, range, block, softmax, rescale);
-    p.pack(s);
-    clear_edge(tile, range, block);
-
-    for (--block; block >= max(range.full_end, range.begin); --block) {
-      step<true>(tile, range, block, s, p, o, softmax, rescale);
+      while (true) {
+        other_blocks(s, p, o, softmax, rescale);
+        Work& work = *work_;
+        const Softmax finished = softmax;
+        const int begin = begin_;
+        const int trailing = begin - work.range.begin;
+        more = take();
+        const int leading = work_->range.end - end_;
+        // The loader waits for the values of this tile's last block before it loads the keys of two more.
+        const bool joined = more && begin_ < end_ && trailing + leading <= 1;
+        if (joined) {
+          softmax = Softmax(work_->scale, params_);
+          if (trailing + leading > 0) skip_keys();
+          step<true>(s, p, o, softmax, rescale);
+          if (trailing > 0) skip_values(work, begin - 1);
+          if (leading > 0) skip_values(*work_, end_);
+        } else {
+          shared_.v_pipe[v_ring_.slot].full.wait(v_ring_.phase);
+          values(p, o, rescale, [] {});
+          skip(work, begin, work.range.begin);
+        }
+        store_rows(work, params_, operands_, first_row(), finished, o, stage());
+        work.pipe.release();
+        if (!joined) break;
+        clear(o);
+      }
     }
-    for (; block >= max(range.full_begin, range.begin); --block) {
-      step<false>(tile, range, block, s, p, o, softmax, rescale);
-    }
-    if constexpr (spec::kWindowLeft || spec::kKeyAlignment > 1) {
-      for (; block >= range.begin; --block) step<true>(tile, range, block, s, p, o, softmax, rescale);
-    }
-    shared_.q_pipe.release();
-    q_ring_.advance();
-
-    if (range.end - range.begin > 1) clear_edge(tile, range, range.begin);
-    shared_.v_pipe[v_ring_.slot].full.wait(v_ring_.phase);
-    values(p, o, rescale, [] {});
   }
 
  private:
-  // Scores of `block`, values of the block before.
+  // Waits for the next tile and its rows of Q, and finds the blocks that this warpgroup's rows see; false when there is
+  // none.
+  __device__ __forceinline__ bool take() {
+    work_ = &shared_.work[work_ring_.slot];
+    work_->pipe.full.wait(work_ring_.phase);
+    work_ring_.advance();
+    const Tile& tile = work_->tile;
+    if (uniform(tile.rows) == 0) return false;
+    const KeyRange range = key_range(tile, params_, warpgroup_ * kWarpgroupRows, kWarpgroupRows);
+    begin_ = uniform(range.begin);
+    end_ = uniform(range.end);
+    full_begin_ = uniform(range.full_begin);
+    full_end_ = uniform(range.full_end);
+    block_ = end_ - 1;
+    q_slot_ = q_ring_.slot;
+    q_descriptor_ = descriptor_low(shared_.q[q_slot_][warpgroup_], 16);
+    shared_.q_pipe[q_slot_][warpgroup_].full.wait(q_ring_.phase);
+    q_ring_.advance();
+    if (end_ <= begin_) {
+      shared_.q_pipe[q_slot_][warpgroup_].release();
+    } else if (work_->scale < 0.0f) {
+      negate_q();
+    }
+    return true;
+  }
+
+  // All blocks of a tile but the first that is multiplied, which is the last one in memory.
+  __device__ __forceinline__ void other_blocks(Scores& s, Probabilities<spec::Element, spec::kTileN>& p, Output& o,
+                                               Softmax& softmax, float (&rescale)[kRowsPerThread]) {
+    clear_edge(*work_, block_);
+    while (block_ > max(full_end_, begin_)) {
+      --block_;
+      step<true>(s, p, o, softmax, rescale);
+    }
+    while (block_ > max(full_begin_, begin_)) {
+      --block_;
+      step<false>(s, p, o, softmax, rescale);
+    }
+    if constexpr (spec::kWindowLeft || spec::kKeyAlignment > 1) {
+      while (block_ > begin_) {
+        --block_;
+        step<true>(s, p, o, softmax, rescale);
+      }
+    }
+    if (end_ - begin_ > 1) clear_edge(*work_, begin_);
+  }
+
+  // Scores of a block, and values of the block before.
   template <bool kMasked>
-  __device__ __forceinline__ void step(const Tile& tile, const KeyRange& range, int block, Scores& s,
-                                       Probabilities<spec::Element, spec::kTileN>& p, Output& o, Softmax& softmax,
-                                       float (&rescale)[kRowsPerThread]) {
+  __device__ __forceinline__ void step(Scores& s, Probabilities<spec::Element, spec::kTileN>& p, Output& o,
+                                       Softmax& softmax, float (&rescale)[kRowsPerThread]) {
     float next_rescale[kRowsPerThread];
-    shared_.k_pipe[k_ring_.slot].full.wait(k_ring_.phase);
-    if constexpr (kConsumers > 1) named_sync(kTurnBarrier + warpgroup_, 2 * kWarpgroupSize);
-    wgmma_fence();
-    issue_scores(s);
-    wgmma_commit();
+    begin_scores(s);
     shared_.v_pipe[v_ring_.slot].full.wait(v_ring_.phase);
     values(p, o, rescale, [&] {
-      if constexpr (kConsumers > 1) named_arrive(kTurnBarrier + (warpgroup_ + 1) % kConsumers, 2 * kWarpgroupSize);
+      end_turn();
       finish_scores<1>(s);
-      probabilities<kMasked>(s, tile, range, block, softmax, next_rescale);
+      probabilities<kMasked>(s, softmax, next_rescale);
     });
-    if constexpr (!kFp8) rescale_output(o, next_rescale);
     fence_registers(s);
     p.pack(s);
 #pragma unroll
     for (int r = 0; r < kRowsPerThread; ++r) rescale[r] = next_rescale[r];
+  }
+
+  // Every block takes one turn of each warpgroup, to be multiplied or to be skipped.
+  __device__ __forceinline__ void begin_turn() {
+    if constexpr (spec::kPingPong) named_sync(kTurnBarrier + warpgroup_, 2 * kWarpgroupSize);
+  }
+
+  __device__ __forceinline__ void end_turn() {
+    if constexpr (spec::kPingPong) named_arrive(kTurnBarrier + (warpgroup_ + 1) % kConsumers, 2 * kWarpgroupSize);
+  }
+
+  // Blocks that other warpgroups' rows see: from `end` down to `begin`.
+  __device__ __forceinline__ void skip(const Work& work, int end, int begin) {
+#pragma unroll 1
+    for (int block = end - 1; block >= begin; --block) {
+      skip_keys();
+      skip_values(work, block);
+    }
+  }
+
+  __device__ __forceinline__ void skip_keys() {
+    shared_.k_pipe[k_ring_.slot].full.wait(k_ring_.phase);
+    begin_turn();
+    end_turn();
+    shared_.k_pipe[k_ring_.slot].release();
+    k_ring_.advance();
+  }
+
+  __device__ __forceinline__ void skip_values(const Work& work, int block) {
+    shared_.v_pipe[v_ring_.slot].full.wait(v_ring_.phase);
+    clear_edge(work, block);
+    shared_.v_pipe[v_ring_.slot].release();
+    v_ring_.advance();
+  }
+
+  __device__ __forceinline__ void begin_scores(Scores& s) {
+    shared_.k_pipe[k_ring_.slot].full.wait(k_ring_.phase);
+    begin_turn();
+    wgmma_fence();
+    issue_scores(s);
+    wgmma_commit();
   }
 
   __device__ __forceinline__ void issue_scores(Scores& s) {
@@ -130,7 +220,7 @@ class Consumer {
     for (int i = 0; i < kQkSteps; ++i) {
       const int block = i / kStepsPerBlock;
       const int within = i % kStepsPerBlock * kStepBytes;
-      wgmma_ss<kQkDescriptor, kQkDescriptor>(s, advance(q_descriptor_, block * spec::kTileM * kSwizzleBytes + within),
+      wgmma_ss<kQkDescriptor, kQkDescriptor>(s, advance(q_descriptor_, block * kWarpgroupRows * kSwizzleBytes + within),
                                              advance(k, block * spec::kTileN * kSwizzleBytes + within), i > 0);
     }
   }
@@ -141,17 +231,20 @@ class Consumer {
     fence_registers(s);
     shared_.k_pipe[k_ring_.slot].release();
     k_ring_.advance();
+    if (block_ == begin_) shared_.q_pipe[q_slot_][warpgroup_].release();
   }
 
   template <bool kMasked>
-  __device__ __forceinline__ void probabilities(Scores& s, const Tile& tile, const KeyRange& range, int block,
-                                                Softmax& softmax, float (&rescale)[kRowsPerThread]) {
-    if constexpr (spec::kSoftcap) cap_scores(s, scale_over_softcap_);
-    if constexpr (kMasked) mask<spec::kTileN>(s, tile, range, params_, warpgroup_, block);
+  __device__ __forceinline__ void probabilities(Scores& s, Softmax& softmax, float (&rescale)[kRowsPerThread]) {
+    const Work& work = *work_;
+    if constexpr (spec::kSoftcap) cap_scores(s, fabsf(work.scale) / params_.softcap);
+    if (kMasked && (block_ < full_begin_ || block_ >= full_end_)) {
+      mask<spec::kTileN>(s, work.tile, work.range, params_, warpgroup_, block_);
+    }
     softmax.update(s, rescale);
   }
 
-  // Adds P V to the output, runs `meanwhile` while the first piece is multiplied, and gives the buffer back.
+  // O = O * rescale + P V. Runs `meanwhile` while the first piece is multiplied, and gives the buffer back.
   template <typename Meanwhile>
   __device__ __forceinline__ void values(const Probabilities<spec::Element, spec::kTileN>& p, Output& o,
                                          const float (&rescale)[kRowsPerThread], Meanwhile meanwhile) {
@@ -170,6 +263,10 @@ class Consumer {
         for (int i = 0; i < spec::kTileV / 2; ++i) o[piece][i] = o[piece][i] * rescale[i / 2 % 2] + product[i];
       }
     } else {
+      if (spec::kRescaleThreshold == 0 || __any_sync(kAllLanes, rescale[0] != 1.0f || rescale[1] != 1.0f)) {
+#pragma unroll
+        for (int i = 0; i < spec::kTileV / 2; ++i) o[0][i] *= rescale[i / 2 % 2];
+      }
       wgmma_fence();
       issue_values(p, v, o[0], true);
       wgmma_commit();
@@ -189,16 +286,33 @@ class Consumer {
     }
   }
 
-  __device__ __forceinline__ void rescale_output(Output& o, const float (&rescale)[kRowsPerThread]) {
+  __device__ __forceinline__ void clear(Output& o) {
 #pragma unroll
-    for (int i = 0; i < spec::kTileV / 2; ++i) o[0][i] *= rescale[i / 2 % 2];
+    for (int piece = 0; piece < kPieces; ++piece) {
+#pragma unroll
+      for (int i = 0; i < spec::kTileV / 2; ++i) o[piece][i] = 0.0f;
+    }
   }
 
-  // Where rows around the used keys may hold anything: zeroes their values in the first or last block of the range.
-  __device__ __forceinline__ void clear_edge(const Tile& tile, const KeyRange& range, int block) {
+  // This warp's first row of a tile.
+  __device__ __forceinline__ int first_row() const { return consumer_warp() * kWarpRows; }
+
+  __device__ __forceinline__ u8* stage() { return shared_.out[consumer_warp()]; }
+
+  __device__ __forceinline__ int consumer_warp() const {
+    return warpgroup_ * (kWarpgroupSize / kWarpSize) + threadIdx.x % kWarpgroupSize / kWarpSize;
+  }
+
+  // This warpgroup's rows of a tile of which they see nothing.
+  __device__ __forceinline__ void store_blind() {
+    store_blind_rows(*work_, params_, operands_, first_row(), kWarpRows);
+  }
+
+  // Where rows around the used keys may hold anything: zeroes their values in a block at the edge. All consumers meet.
+  __device__ __forceinline__ void clear_edge(const Work& work, int block) {
     if constexpr (spec::kPackedK || spec::kSequsedK) {
-      const int first = range.lead - block * spec::kTileN;
-      const int last = first + tile.kv_len;
+      const int first = work.range.lead - block * spec::kTileN;
+      const int last = first + work.tile.kv_len;
       if (first <= 0 && last >= spec::kTileN) return;
       shared_.v_pipe[v_ring_.slot].full.wait(v_ring_.phase);
       clear_values(shared_.v[v_ring_.slot], first, last, warpgroup_ * kWarpgroupSize + threadIdx.x % kWarpgroupSize);
@@ -210,27 +324,29 @@ class Consumer {
   // A negative scale would make the largest score the smallest: the scores of -Q with its absolute value are the same.
   __device__ __forceinline__ void negate_q() {
     constexpr u32 kSigns = kFp8 ? 0x80808080u : 0x80008000u;
-    const int row = warpgroup_ * kWarpgroupRows + threadIdx.x % kWarpgroupSize / 2;
+    u32* words = reinterpret_cast<u32*>(shared_.q[q_slot_][warpgroup_]);
 #pragma unroll 1
-    for (int i = 0; i < kQkBlocks; ++i) {
-      u32* words = reinterpret_cast<u32*>(shared_.q + (i * spec::kTileM + row) * kSwizzleBytes) + threadIdx.x % 2 * 16;
-#pragma unroll 1
-      for (int j = 0; j < 16; ++j) words[j] ^= kSigns;
-    }
+    for (int i = threadIdx.x % kWarpgroupSize; i < kQBytes / 4; i += kWarpgroupSize) words[i] ^= kSigns;
     fence_shared_for_async();
     named_sync(kWarpgroupBarrier + warpgroup_, kWarpgroupSize);
   }
 
   SharedStorage& shared_;
+  const Operands& operands_;
   const Params& params_;
   int warpgroup_;
   u32 q_descriptor_;
   u32 k_descriptor_;
   u32 v_descriptor_;
-  Ring<1> q_ring_;
+  Ring<spec::kQStages> q_ring_;
+  int q_slot_;
+  Ring<kWorkSlots> work_ring_;
   Ring<spec::kStages> k_ring_;
   Ring<spec::kStages> v_ring_;
-  float scale_over_softcap_;
+  Work* work_;           // the tile of the scores,
+  int block_;                  // their block in it,
+  int begin_, end_;            // the blocks that this warpgroup's rows see, and of these
+  int full_begin_, full_end_;  // the ones that every row sees whole
 };
 
 }  // namespace jax_flash

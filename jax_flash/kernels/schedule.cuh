@@ -36,7 +36,7 @@ class Schedule {
   __device__ __forceinline__ Schedule(const Operands& operands, const Params& params)
       : operands_(operands), params_(params) {
     if constexpr (!spec::kPackedQ && spec::kWindowRight) {
-      constexpr i64 kL2Bytes = 32 << 20;
+      constexpr i64 kL2Bytes = 16 << 20;
       const i64 pair_bytes = static_cast<i64>(params.kv_rows) * (params.head_dim + params.head_dim_v) *
                              spec::Element::kBytes * params.kv_heads / params.heads;
       const i64 fitting = max(1ll, kL2Bytes / max(1ll, pair_bytes));
@@ -65,21 +65,25 @@ class Schedule {
   __device__ __forceinline__ int pairs() const { return params_.batch * params_.heads; }
 
   __device__ __forceinline__ bool find_dense(Tile& tile) {
-    const int m_blocks = (params_.q_rows + spec::kTileM - 1) / spec::kTileM;
-    if (index_ >= m_blocks * pairs()) return false;
-    const int section = index_ / (pairs_per_section_ * m_blocks);
-    const int first = section * pairs_per_section_;
-    const int width = min(pairs_per_section_, pairs() - first);
+    const int heads = opaque(params_.heads);
+    const int q_rows = opaque(params_.q_rows);
+    const int pairs = heads * params_.batch;
+    const int m_blocks = (q_rows + spec::kTileM - 1) / spec::kTileM;
+    if (index_ >= m_blocks * pairs) return false;
+    const int pairs_per_section = opaque(pairs_per_section_);
+    const int section = index_ / (pairs_per_section * m_blocks);
+    const int first = section * pairs_per_section;
+    const int width = min(pairs_per_section, pairs - first);
     const int in_section = index_ - first * m_blocks;
     const int pair = first + in_section % width;
     const int m_block = in_section / width;
     const bool rising = spec::kWindowRight && (sections_ - section) % 2 == 0;
-    tile.sequence = pair / params_.heads;
-    tile.head = pair % params_.heads;
+    tile.sequence = pair / heads;
+    tile.head = pair % heads;
     tile.q_group = tile.sequence;
     tile.q_index = tile.q_row = (rising ? m_block : m_blocks - 1 - m_block) * spec::kTileM;
-    tile.rows = min(spec::kTileM, params_.q_rows - tile.q_row);
-    tile.q_len = params_.q_rows;
+    tile.rows = min(spec::kTileM, q_rows - tile.q_row);
+    tile.q_len = q_rows;
     return true;
   }
 

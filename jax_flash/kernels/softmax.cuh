@@ -28,29 +28,65 @@ struct Softmax {
   }
 
   // Turns scores into probabilities 2^(scale * (s - max)) and tells by what to multiply what was summed up before.
+  // The maximum may lag behind by a factor of 2^kRescaleThreshold, so that most blocks change nothing.
   template <int kCount>
   __device__ __forceinline__ void update(float (&s)[kCount], float (&rescale)[kRowsPerThread]) {
+    float largest[kRowsPerThread];
+    float shift[kRowsPerThread];
+    find_largest(s, largest);
 #pragma unroll
     for (int r = 0; r < kRowsPerThread; ++r) {
-      float largest = row_max[r];
+      if (spec::kRescaleThreshold == 0) {
+        rescale[r] = exp2_approx((row_max[r] - reference(largest[r])) * scale_log2);
+        row_max[r] = largest[r];
+      } else {
+        const float growth = (largest[r] - row_max[r]) * scale_log2;
+        const bool grown = growth > spec::kRescaleThreshold;
+        rescale[r] = grown ? exp2_approx(-growth) : 1.0f;
+        row_max[r] = grown ? largest[r] : row_max[r];
+      }
+      shift[r] = reference(row_max[r]) * scale_log2 - kOffset;
+      row_sum[r] *= rescale[r];
+    }
 #pragma unroll
-      for (int i = 2 * r; i < kCount; i += 4) largest = fmaxf(fmaxf(largest, s[i]), s[i + 1]);
-      largest = quad_max(largest);
-      const float reference = largest == -kInfinity ? 0.0f : largest;
-      rescale[r] = exp2_approx((row_max[r] - reference) * scale_log2);
-      row_max[r] = largest;
-      const float shift = reference * scale_log2 - kOffset;
-      float sum = row_sum[r] * rescale[r];
+    for (int r = 0; r < kRowsPerThread; ++r) {
 #pragma unroll
       for (int i = 2 * r; i < kCount; i += 4) {
-        s[i] = exp2_approx(s[i] * scale_log2 - shift);
-        s[i + 1] = exp2_approx(s[i + 1] * scale_log2 - shift);
-        sum += s[i];
-        sum += s[i + 1];
+        s[i] = exp2_approx(s[i] * scale_log2 - shift[r]);
+        s[i + 1] = exp2_approx(s[i + 1] * scale_log2 - shift[r]);
+        row_sum[r] += s[i];
+        row_sum[r] += s[i + 1];
       }
-      row_sum[r] = sum;
     }
   }
+
+  // The largest score of each row, those before included.
+  template <int kCount>
+  __device__ __forceinline__ void find_largest(const float (&s)[kCount], float (&largest)[kRowsPerThread]) {
+    if (spec::kIntegerMax && __all_sync(kAllLanes, row_max[0] > 0.0f && row_max[1] > 0.0f)) {
+#pragma unroll
+      for (int r = 0; r < kRowsPerThread; ++r) {
+        int bits = __float_as_int(row_max[r]);
+#pragma unroll
+        for (int i = 2 * r; i < kCount; i += 4) {
+          bits = max(max(bits, __float_as_int(s[i])), __float_as_int(s[i + 1]));
+        }
+        largest[r] = __int_as_float(bits);
+      }
+    } else {
+#pragma unroll
+      for (int r = 0; r < kRowsPerThread; ++r) {
+        largest[r] = row_max[r];
+#pragma unroll
+        for (int i = 2 * r; i < kCount; i += 4) largest[r] = fmaxf(fmaxf(largest[r], s[i]), s[i + 1]);
+      }
+    }
+#pragma unroll
+    for (int r = 0; r < kRowsPerThread; ++r) largest[r] = quad_max(largest[r]);
+  }
+
+  // What is subtracted from scores: a row that has seen no key yet has no maximum.
+  __device__ __forceinline__ static float reference(float row_max) { return row_max == -kInfinity ? 0.0f : row_max; }
 
   // Ends the rows: `factor` is what the accumulated output is multiplied by, `lse` the natural log-sum-exp. A sink is
   // one more logit in the sum, with no value.

@@ -1,7 +1,7 @@
-// Storage: the tiles of Q, K and V in shared memory, and the barriers around them.
+// Storage: the tiles of Q, K and V in shared memory, the barriers around them, and what is known of each tile.
 //
-// Rows of 128 bytes, swizzled: Q is [column block][kTileM][128 bytes], K and 16-bit V [column block][kTileN][128
-// bytes]. FP8 V comes transposed, [block of 32 keys][kHeadDimV][32 bytes]: wgmma wants both FP8 operands K-major.
+// Rows of 128 bytes, swizzled: Q of each consumer is [column block][64 rows][128 bytes], K and 16-bit V [column block]
+// [kTileN rows][128 bytes]. FP8 V comes transposed, [block of 32 keys][kHeadDimV][32 bytes]: wgmma wants both FP8 operands K-major.
 #pragma once
 
 #include "fragment.cuh"
@@ -9,6 +9,7 @@
 #include "hopper/types.cuh"
 #include "hopper/warp.cuh"
 #include "spec.h"
+#include "tile.cuh"
 
 namespace jax_flash {
 
@@ -19,7 +20,7 @@ constexpr int kQkBlocks = (spec::kHeadDim + kBlockColumns - 1) / kBlockColumns;
 constexpr int kVBlocks = (spec::kHeadDimV + kBlockColumns - 1) / kBlockColumns;
 constexpr int kVKeyBlock = 32;  // keys, and bytes, of one box of transposed V
 
-constexpr int kQBytes = kQkBlocks * spec::kTileM * kSwizzleBytes;
+constexpr int kQBytes = kQkBlocks * kWarpgroupRows * kSwizzleBytes;  // of one consumer
 constexpr int kKBytes = kQkBlocks * spec::kTileN * kSwizzleBytes;
 constexpr int kVBytes = kFp8 ? spec::kTileN * spec::kHeadDimV : kVBlocks * spec::kTileN * kSwizzleBytes;
 static_assert(kQBytes % 1024 == 0 && kKBytes % 1024 == 0 && kVBytes % 1024 == 0,
@@ -29,35 +30,60 @@ constexpr int kConsumers = spec::kTileM / kWarpgroupRows;
 constexpr int kConsumerThreads = kConsumers * kWarpgroupSize;
 constexpr int kConsumerWarps = kConsumers * kWarpgroupSize / kWarpSize;
 
-// `full`: TMA has written the buffer. `empty`: every consumer warp has read it.
+// `full`: the buffer is written, by TMA or a thread. `empty`: every warp that reads it has done so.
 struct Pipe {
   Barrier full;
   Barrier empty;
 
-  __device__ __forceinline__ void init() {
+  __device__ __forceinline__ void init(int readers) {
     full.init(1);
-    empty.init(kConsumerWarps);
+    empty.init(readers);
   }
 
-  // All lanes of a consumer warp have read the buffer.
+  // All lanes of a reading warp are done with the buffer.
   __device__ __forceinline__ void release() {
     if (lane_index() == 0) empty.arrive();
   }
 };
 
+// What the scheduler tells of a tile, until all consumers have stored its rows. No rows end the work.
+struct Work {
+  Pipe pipe;
+  Tile tile;
+  KeyRange range;
+  int kv_head;
+  float scale;
+  float v_scale;
+  float sink;
+};
+
+// One whose rows are stored, one whose scores are computed, one to come and one that is being found.
+constexpr int kWorkSlots = 4;
+
+// Where a warp's 16 rows of the output change hands, 128 bytes of each at a time.
+constexpr int kWarpRows = 16;
+constexpr int kStageBytes = kWarpRows * kSwizzleBytes;
+
 struct alignas(1024) SharedStorage {
-  u8 q[kQBytes];
+  u8 q[spec::kQStages][kConsumers][kQBytes];
   u8 k[spec::kStages][kKBytes];
   u8 v[spec::kStages][kVBytes];
-  Pipe q_pipe;
+  u8 out[kConsumerWarps][kStageBytes];
+  Pipe q_pipe[spec::kQStages][kConsumers];
   Pipe k_pipe[spec::kStages];
   Pipe v_pipe[spec::kStages];
+  Work work[kWorkSlots];
 
   __device__ __forceinline__ void init() {
-    q_pipe.init();
+    for (int slot = 0; slot < kWorkSlots; ++slot) work[slot].pipe.init(kConsumerWarps);
+    for (int stage = 0; stage < spec::kQStages; ++stage) {
+      for (int consumer = 0; consumer < kConsumers; ++consumer) {
+        q_pipe[stage][consumer].init(kWarpgroupSize / kWarpSize);
+      }
+    }
     for (int stage = 0; stage < spec::kStages; ++stage) {
-      k_pipe[stage].init();
-      v_pipe[stage].init();
+      k_pipe[stage].init(kConsumerWarps);
+      v_pipe[stage].init(kConsumerWarps);
     }
   }
 };

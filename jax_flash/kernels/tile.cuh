@@ -20,7 +20,7 @@ struct Tile {
   int kv_len;    // and how many of them are used
 };
 
-// The keys that a tile sees, as blocks of kTileN, counted from `origin_row`.
+// The keys that some rows see, as blocks of kTileN, counted from `origin_row`.
 struct KeyRange {
   int origin_row;            // in the group
   int lead;                  // keys between the origin and the sequence's first key; they are masked
@@ -42,10 +42,11 @@ __device__ __forceinline__ int last_key(const Tile& tile, const Params& params, 
   return min(tile.kv_len, q_index + tile.kv_len - tile.q_len + params.window_right + 1);
 }
 
-__device__ __forceinline__ KeyRange key_range(const Tile& tile, const Params& params) {
+// The keys that `rows` rows of a tile see, from `first_row` on.
+__device__ __forceinline__ KeyRange key_range(const Tile& tile, const Params& params, int first_row, int rows) {
   KeyRange range{};
-  const int top = tile.q_index;
-  const int bottom = min(top + spec::kTileM, tile.q_len) - 1;
+  const int top = tile.q_index + first_row;
+  const int bottom = min(top + rows, min(tile.q_index + tile.rows, tile.q_len)) - 1;
   const int last = last_key(tile, params, bottom);
   const int first = first_key(tile, params, top);
   if (bottom < top || last <= first) return range;

@@ -1,6 +1,7 @@
 // Warps and warpgroups: who am I, registers, shuffles, generic writes seen by the tensor cores.
 #pragma once
 
+#include "hopper/barrier.cuh"
 #include "hopper/types.cuh"
 
 namespace jax_flash {
@@ -11,8 +12,16 @@ constexpr u32 kAllLanes = 0xffffffffu;
 
 __device__ __forceinline__ int lane_index() { return threadIdx.x % kWarpSize; }
 
-// The same in all lanes, and known to be so by the compiler.
-__device__ __forceinline__ int warp_index() { return __shfl_sync(kAllLanes, threadIdx.x / kWarpSize, 0); }
+// What is the same in all lanes, known to be so by the compiler.
+__device__ __forceinline__ int uniform(int x) { return __shfl_sync(kAllLanes, x, 0); }
+
+__device__ __forceinline__ int warp_index() { return uniform(threadIdx.x / kWarpSize); }
+
+// A value that the compiler cannot trace: what follows from it stays in the loop instead of in registers outside.
+__device__ __forceinline__ int opaque(int x) {
+  asm volatile("" : "+r"(x));
+  return x;
+}
 
 template <int kRegisters>
 __device__ __forceinline__ void grow_registers() {
@@ -40,6 +49,14 @@ __device__ __forceinline__ float quad_max(float x) {
 __device__ __forceinline__ float quad_sum(float x) {
   x += __shfl_xor_sync(kAllLanes, x, 1);
   return x + __shfl_xor_sync(kAllLanes, x, 2);
+}
+
+// Writes four 8 x 8 matrices of 16-bit elements, spread over a warp as an accumulator's are, to shared memory: lane i
+// names where row i % 8 of matrix i / 8 goes.
+__device__ __forceinline__ void store_matrices(void* row, const u32 (&x)[4]) {
+  asm volatile("stmatrix.sync.aligned.m8n8.x4.shared.b16 [%0], {%1, %2, %3, %4};" ::"r"(shared_address(row)), "r"(x[0]),
+               "r"(x[1]), "r"(x[2]), "r"(x[3])
+               : "memory");
 }
 
 // Inclusive scans over the lanes of a warp.
