@@ -73,20 +73,24 @@ def candidates(fixed: dict) -> Iterator[KernelSpec]:
     pieces = [dim_v // n for n in (1, 2, 4, 8, 16) if dim_v // n >= 16] if is_fp8 else [dim_v]
     step = 32 if is_fp8 else 16
     # A diagonal wastes half of each masked block, which narrower steps make smaller.
-    widest = 128 if fixed["window_left"] or fixed["window_right"] else 256
-    for consumers, tile_n, tile_v in itertools.product((2, 3), range(step, widest + 1, step), pieces):
-        tiling = {"tile_m": 64 * consumers, "tile_n": tile_n, "tile_v": tile_v, "q_stages": 1, "stages": 2}
+    widest = 256 if is_fp8 and not (fixed["window_left"] or fixed["window_right"]) else 128
+    widths = range(step, widest + 1, step)
+    for consumers, tile_n, tile_v, q_stages, stages in itertools.product((2, 3), widths, pieces, (1, 2), (2, 3)):
+        buffers = {"tile_m": 64 * consumers, "tile_n": tile_n, "tile_v": tile_v, "q_stages": q_stages, "stages": stages}
         producer, consumer = register_split(fixed, consumers)
         yield KernelSpec(
             **fixed,
-            **tiling,
+            **buffers,
             ping_pong=True,
-            rescale_threshold=0,
-            integer_max=False,
+            # Exponents of e4m3 have no room for a maximum that lags behind.
+            rescale_threshold=0 if is_fp8 else 8,
+            # Gains where the softmax bounds the kernel, with three consumers; loses elsewhere.
+            integer_max=consumers == 3,
+            cluster=1,
             threads=128 * (consumers + 1),
             producer_registers=producer,
             consumer_registers=consumer,
-            shared_bytes=shared_bytes(fixed, **tiling),
+            shared_bytes=shared_bytes(fixed, **buffers),
         )
 
 
@@ -143,4 +147,5 @@ def cost(spec: KernelSpec) -> tuple:
     wants_three = element_bytes(spec.element) == 2 and max(spec.head_dim, spec.head_dim_v) <= 64
     # Only the first piece of PV runs beside the softmax; each further one is waited for: keys per piece is what counts.
     pieces = spec.head_dim_v // spec.tile_v
-    return spec.tile_m // 64 != (3 if wants_three else 2), -spec.tile_n / pieces, -spec.tile_n
+    wrong_consumers = spec.tile_m // 64 != (3 if wants_three else 2)
+    return wrong_consumers, -spec.tile_n / pieces, -spec.tile_n, -spec.q_stages, -spec.stages

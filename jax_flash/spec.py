@@ -195,6 +195,8 @@ class KernelSpec:
     """The output is rescaled when a row's maximum has grown by more than this factor, in log2; 0: at every step."""
     integer_max: bool
     """Whether positive maxima are found by comparing floats as integers, three at a time."""
+    cluster: int
+    """CTAs that work on neighbouring rows and share each block of keys and values: 1 or 2."""
     threads: int
     """Of a CTA: a producer warpgroup and the consumers."""
     producer_registers: int
@@ -213,4 +215,3 @@ class KernelSpec:
     seqused_q: bool
     seqused_k: bool
     lse: bool
-    x1: int = 0

@@ -90,12 +90,12 @@ def test_every_combination_has_a_legal_kernel(element):
     ("head_dim", "window", "tile"),
     [
         (64, "full", (192, 128, 64)),
-        (128, "full", (128, 176, 128)),
+        (128, "full", (128, 128, 128)),
         (128, "causal", (128, 128, 128)),
-        (256, "full", (128, 80, 256)),
+        (256, "full", (128, 64, 256)),
     ],
 )
-def test_16_bit_tiles_are_those_of_flash_attention_3(head_dim, window, tile):
+def test_16_bit_tiles_are_those_that_were_found_fastest(head_dim, window, tile):
     spec = of_grid("bfloat16", head_dim, head_dim, window, ())[0]
     assert (spec.tile_m, spec.tile_n, spec.tile_v) == tile
 

@@ -26,8 +26,8 @@ MODULES = (
 )
 # A kernel file includes those of lines below its own; spec.h and wgmma.h are generated.
 KERNEL_FILES = (
-    ("epilogue.cuh",),
     ("mainloop.cuh",),
+    ("epilogue.cuh",),
     ("clear.cuh", "load.cuh", "mask.cuh", "schedule.cuh", "softmax.cuh"),
     ("storage.cuh",),
     ("fragment.cuh",),

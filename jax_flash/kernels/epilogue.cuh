@@ -121,7 +121,7 @@ __device__ __forceinline__ void store_blind_rows(const Work& work, const Params&
                                                  int first_row, int count) {
   const Tile& tile = work.tile;
   const int end = min(first_row + count, tile.rows);
-  const int row_vectors = params.head_dim_v * spec::Out::kBytes / 16;
+  const int row_vectors = opaque(params.head_dim_v) * spec::Out::kBytes / 16;
 #pragma unroll 1
   for (int row = first_row; row < end; ++row) {
     uint4* out = static_cast<uint4*>(operands.out) + output_row(tile, params, row) * row_vectors;

@@ -29,7 +29,7 @@ static_assert(kWarpgroupSize * (spec::kProducerRegisters + kConsumers * spec::kC
 __device__ __forceinline__ void describe(Work& work, const Tile& tile, const Operands& operands, const Params& params) {
   const int sequence = max(tile.sequence, 0);
   work.tile = tile;
-  work.kv_head = tile.head / (params.heads / params.kv_heads);
+  work.kv_head = tile.head / (opaque(params.heads) / params.kv_heads);
   work.scale = __ldg(operands.scale + sequence * params.scale_batch_stride + tile.head * params.scale_head_stride);
   work.v_scale =
       __ldg(operands.v_scale + sequence * params.v_scale_batch_stride + work.kv_head * params.v_scale_head_stride);
@@ -56,23 +56,14 @@ __device__ __forceinline__ void find_tiles(SharedStorage& shared, const Operands
       }
     }
     if (!found) return;
-    const KeyRange range = key_range(tile, params, 0, spec::kTileM);
+    const KeyRange range = key_range(tile, params, 0, kTileRows);
     if (lane_index() == 0 && !range.empty()) {
       work.range = range;
       work.pipe.full.arrive();
     }
     __syncwarp();
-    if (spec::kX1 == 1) {
-      constexpr int kLines = (spec::kHeadDim * spec::Element::kBytes + 127) / 128;
-      for (int i = lane_index(); i < spec::kTileM * kLines; i += kWarpSize) {
-        const int row = i / kLines;
-        if (row >= tile.rows) break;
-        const u8* address = static_cast<const u8*>(operands.q) + ((static_cast<i64>(tile.q_group) * params.q_rows + tile.q_row + row) * params.heads + tile.head) * params.head_dim * spec::Element::kBytes + i % kLines * 128;
-        asm volatile("prefetch.global.L2 [%0];" ::"l"(address));
-      }
-    }
     if (range.empty()) {
-      store_blind_rows(work, params, operands, 0, spec::kTileM);
+      store_blind_rows(work, params, operands, cta_first_row(), spec::kTileM);
     } else {
       ring.advance();
     }
@@ -91,7 +82,11 @@ extern "C" __global__ void __launch_bounds__(kThreads, 1)
     tma_prefetch(maps.k);
     tma_prefetch(maps.v);
   }
-  __syncthreads();
+  if constexpr (spec::kCluster == 1) {
+    __syncthreads();
+  } else {
+    sync_cluster();
+  }
 
   const int warp = warp_index();
   const int warpgroup = warp / (kWarpgroupSize / kWarpSize);
@@ -102,6 +97,11 @@ extern "C" __global__ void __launch_bounds__(kThreads, 1)
   } else {
     grow_registers<spec::kConsumerRegisters>();
     Consumer(shared, operands, params, warpgroup - 1).run();
+  }
+  // The other CTA may still release buffers here.
+  if constexpr (spec::kCluster > 1) {
+    __syncwarp();
+    sync_cluster();
   }
 }
 

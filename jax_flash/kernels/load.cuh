@@ -42,13 +42,14 @@ class Loader {
   }
 
   __device__ __forceinline__ void load_q(const Tile& tile) {
+    const int first_row = tile.q_row + cta_first_row();
     for (int consumer = 0; consumer < kConsumers; ++consumer) {
       Pipe& pipe = shared_.q_pipe[q_ring_.slot][consumer];
       pipe.empty.wait(q_ring_.phase ^ 1);
       pipe.full.arrive_expect(kQBytes);
       for (int i = 0; i < kQkBlocks; ++i) {
         tma_load(shared_.q[q_ring_.slot][consumer] + i * kWarpgroupRows * kSwizzleBytes, maps_.q, pipe.full, i * kBlockColumns,
-                 tile.q_row + consumer * kWarpgroupRows, tile.head, tile.q_group);
+                 first_row + consumer * kWarpgroupRows, tile.head, tile.q_group);
       }
     }
     q_ring_.advance();
@@ -58,30 +59,43 @@ class Loader {
     Pipe& pipe = shared_.k_pipe[ring_.slot];
     pipe.empty.wait(ring_.phase ^ 1);
     pipe.full.arrive_expect(kKBytes);
-    for (int i = 0; i < kQkBlocks; ++i) {
-      tma_load(shared_.k[ring_.slot] + i * spec::kTileN * kSwizzleBytes, maps_.k, pipe.full, i * kBlockColumns, row,
-               kv_head, kv_group);
-    }
+    load_rows(maps_.k, pipe, shared_.k[ring_.slot], kQkBlocks, row, kv_head, kv_group);
   }
 
   __device__ __forceinline__ void load_v(int row, int kv_head, int kv_group) {
     Pipe& pipe = shared_.v_pipe[ring_.slot];
-    u8* destination = shared_.v[ring_.slot];
     pipe.empty.wait(ring_.phase ^ 1);
     pipe.full.arrive_expect(kVBytes);
     if constexpr (kFp8) {
-      for (int i = 0; i < spec::kTileN / kVKeyBlock; ++i) {
-        tma_load(destination + i * kVKeyBlock * spec::kHeadDimV, maps_.v, pipe.full, row + i * kVKeyBlock, 0, kv_head,
-                 kv_group);
+      for (int i = rank_; i < spec::kTileN / kVKeyBlock; i += spec::kCluster) {
+        load_shared(shared_.v[ring_.slot] + i * kVKeyBlock * spec::kHeadDimV, maps_.v, pipe, row + i * kVKeyBlock, 0,
+                    kv_head, kv_group);
       }
     } else {
-      for (int i = 0; i < kVBlocks; ++i) {
-        tma_load(destination + i * spec::kTileN * kSwizzleBytes, maps_.v, pipe.full, i * kBlockColumns, row, kv_head,
-                 kv_group);
-      }
+      load_rows(maps_.v, pipe, shared_.v[ring_.slot], kVBlocks, row, kv_head, kv_group);
     }
   }
 
+  // Rows of K or V: each CTA of a cluster loads its part of them.
+  __device__ __forceinline__ void load_rows(const TensorMap& map, Pipe& pipe, u8* destination, int column_blocks,
+                                            int row, int kv_head, int kv_group) {
+    const int first = rank_ * (spec::kTileN / spec::kCluster);
+    for (int i = 0; i < column_blocks; ++i) {
+      load_shared(destination + (i * spec::kTileN + first) * kSwizzleBytes, map, pipe, i * kBlockColumns, row + first,
+                  kv_head, kv_group);
+    }
+  }
+
+  __device__ __forceinline__ void load_shared(u8* destination, const TensorMap& map, Pipe& pipe, int c0, int c1, int c2,
+                                              int c3) {
+    if constexpr (spec::kCluster == 1) {
+      tma_load(destination, map, pipe.full, c0, c1, c2, c3);
+    } else {
+      tma_load_both(destination, map, pipe.full, c0, c1, c2, c3);
+    }
+  }
+
+  const int rank_ = spec::kCluster == 1 ? 0 : cluster_rank();
   SharedStorage& shared_;
   const TensorMaps& maps_;
   Ring<spec::kQStages> q_ring_;

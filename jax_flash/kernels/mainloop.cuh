@@ -48,7 +48,12 @@ class Consumer {
  public:
   __device__ __forceinline__ Consumer(SharedStorage& shared, const Operands& operands, const Params& params,
                                       int warpgroup)
-      : shared_(shared), operands_(operands), params_(params), warpgroup_(warpgroup) {
+      : shared_(shared),
+        operands_(operands),
+        params_(params),
+        warpgroup_(warpgroup),
+        first_row_(cta_first_row() + warpgroup * kWarpgroupRows) {
+    q_descriptor_ = descriptor_low(shared.q[0][warpgroup], 16);
     k_descriptor_ = descriptor_low(shared.k, 16);
     v_descriptor_ = descriptor_low(shared.v, kVLeadingBytes);
     if (spec::kPingPong && warpgroup == 0) named_arrive(kTurnBarrier, 2 * kWarpgroupSize);
@@ -99,7 +104,7 @@ class Consumer {
           values(p, o, rescale, [] {});
           skip(work, begin, work.range.begin);
         }
-        store_rows(work, params_, operands_, first_row(), finished, o, stage());
+        store(work, finished, o);
         work.pipe.release();
         if (!joined) break;
         clear(o);
@@ -116,22 +121,24 @@ class Consumer {
     work_ring_.advance();
     const Tile& tile = work_->tile;
     if (uniform(tile.rows) == 0) return false;
-    const KeyRange range = key_range(tile, params_, warpgroup_ * kWarpgroupRows, kWarpgroupRows);
+    const KeyRange range = key_range(tile, params_, first_row_, kWarpgroupRows);
     begin_ = uniform(range.begin);
     end_ = uniform(range.end);
     full_begin_ = uniform(range.full_begin);
     full_end_ = uniform(range.full_end);
     block_ = end_ - 1;
-    q_slot_ = q_ring_.slot;
-    q_descriptor_ = descriptor_low(shared_.q[q_slot_][warpgroup_], 16);
-    shared_.q_pipe[q_slot_][warpgroup_].full.wait(q_ring_.phase);
-    q_ring_.advance();
+    shared_.q_pipe[q_ring_.slot][warpgroup_].full.wait(q_ring_.phase);
     if (end_ <= begin_) {
-      shared_.q_pipe[q_slot_][warpgroup_].release();
+      release_q();
     } else if (work_->scale < 0.0f) {
       negate_q();
     }
     return true;
+  }
+
+  __device__ __forceinline__ void release_q() {
+    shared_.q_pipe[q_ring_.slot][warpgroup_].release();
+    q_ring_.advance();
   }
 
   // All blocks of a tile but the first that is multiplied, which is the last one in memory.
@@ -195,14 +202,14 @@ class Consumer {
     shared_.k_pipe[k_ring_.slot].full.wait(k_ring_.phase);
     begin_turn();
     end_turn();
-    shared_.k_pipe[k_ring_.slot].release();
+    shared_.k_pipe[k_ring_.slot].release_to_cluster();
     k_ring_.advance();
   }
 
   __device__ __forceinline__ void skip_values(const Work& work, int block) {
     shared_.v_pipe[v_ring_.slot].full.wait(v_ring_.phase);
     clear_edge(work, block);
-    shared_.v_pipe[v_ring_.slot].release();
+    shared_.v_pipe[v_ring_.slot].release_to_cluster();
     v_ring_.advance();
   }
 
@@ -215,12 +222,13 @@ class Consumer {
   }
 
   __device__ __forceinline__ void issue_scores(Scores& s) {
+    const u32 q = advance(q_descriptor_, q_ring_.slot * static_cast<int>(sizeof(shared_.q[0])));
     const u32 k = advance(k_descriptor_, k_ring_.slot * kKBytes);
 #pragma unroll
     for (int i = 0; i < kQkSteps; ++i) {
       const int block = i / kStepsPerBlock;
       const int within = i % kStepsPerBlock * kStepBytes;
-      wgmma_ss<kQkDescriptor, kQkDescriptor>(s, advance(q_descriptor_, block * kWarpgroupRows * kSwizzleBytes + within),
+      wgmma_ss<kQkDescriptor, kQkDescriptor>(s, advance(q, block * kWarpgroupRows * kSwizzleBytes + within),
                                              advance(k, block * spec::kTileN * kSwizzleBytes + within), i > 0);
     }
   }
@@ -229,9 +237,9 @@ class Consumer {
   __device__ __forceinline__ void finish_scores(Scores& s) {
     wgmma_wait<kPending>();
     fence_registers(s);
-    shared_.k_pipe[k_ring_.slot].release();
+    shared_.k_pipe[k_ring_.slot].release_to_cluster();
     k_ring_.advance();
-    if (block_ == begin_) shared_.q_pipe[q_slot_][warpgroup_].release();
+    if (block_ == begin_) release_q();
   }
 
   template <bool kMasked>
@@ -239,7 +247,7 @@ class Consumer {
     const Work& work = *work_;
     if constexpr (spec::kSoftcap) cap_scores(s, fabsf(work.scale) / params_.softcap);
     if (kMasked && (block_ < full_begin_ || block_ >= full_end_)) {
-      mask<spec::kTileN>(s, work.tile, work.range, params_, warpgroup_, block_);
+      mask<spec::kTileN>(s, work.tile, work.range, params_, first_row_, block_);
     }
     softmax.update(s, rescale);
   }
@@ -274,7 +282,7 @@ class Consumer {
       wgmma_wait<0>();
       fence_registers(o[0]);
     }
-    shared_.v_pipe[v_ring_.slot].release();
+    shared_.v_pipe[v_ring_.slot].release_to_cluster();
     v_ring_.advance();
   }
 
@@ -294,18 +302,17 @@ class Consumer {
     }
   }
 
-  // This warp's first row of a tile.
-  __device__ __forceinline__ int first_row() const { return consumer_warp() * kWarpRows; }
+  // Its number among the warps of this warpgroup.
+  __device__ __forceinline__ int warp() const { return threadIdx.x % kWarpgroupSize / kWarpSize; }
 
-  __device__ __forceinline__ u8* stage() { return shared_.out[consumer_warp()]; }
-
-  __device__ __forceinline__ int consumer_warp() const {
-    return warpgroup_ * (kWarpgroupSize / kWarpSize) + threadIdx.x % kWarpgroupSize / kWarpSize;
+  __device__ __forceinline__ void store(const Work& work, const Softmax& softmax, Output& o) {
+    store_rows(work, params_, operands_, first_row_ + warp() * kWarpRows, softmax, o,
+               shared_.out[warpgroup_ * (kWarpgroupSize / kWarpSize) + warp()]);
   }
 
   // This warpgroup's rows of a tile of which they see nothing.
   __device__ __forceinline__ void store_blind() {
-    store_blind_rows(*work_, params_, operands_, first_row(), kWarpRows);
+    store_blind_rows(*work_, params_, operands_, first_row_ + warp() * kWarpRows, kWarpRows);
   }
 
   // Where rows around the used keys may hold anything: zeroes their values in a block at the edge. All consumers meet.
@@ -324,7 +331,7 @@ class Consumer {
   // A negative scale would make the largest score the smallest: the scores of -Q with its absolute value are the same.
   __device__ __forceinline__ void negate_q() {
     constexpr u32 kSigns = kFp8 ? 0x80808080u : 0x80008000u;
-    u32* words = reinterpret_cast<u32*>(shared_.q[q_slot_][warpgroup_]);
+    u32* words = reinterpret_cast<u32*>(shared_.q[q_ring_.slot][warpgroup_]);
 #pragma unroll 1
     for (int i = threadIdx.x % kWarpgroupSize; i < kQBytes / 4; i += kWarpgroupSize) words[i] ^= kSigns;
     fence_shared_for_async();
@@ -335,11 +342,11 @@ class Consumer {
   const Operands& operands_;
   const Params& params_;
   int warpgroup_;
+  int first_row_;  // of a tile that is this warpgroup's
   u32 q_descriptor_;
   u32 k_descriptor_;
   u32 v_descriptor_;
   Ring<spec::kQStages> q_ring_;
-  int q_slot_;
   Ring<kWorkSlots> work_ring_;
   Ring<spec::kStages> k_ring_;
   Ring<spec::kStages> v_ring_;

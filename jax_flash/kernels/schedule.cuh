@@ -1,5 +1,4 @@
-// Schedule: which tile a CTA works on next. Every warp of a CTA walks the same tiles by itself, so nothing is handed
-// over: CTA c takes one tile of every round of gridDim.x, the c-th from its beginning or, in reversed rounds, its end.
+// Schedule: which tile a cluster works on next. Every CTA of a cluster walks the same tiles by itself: cluster c takes one tile of every round of gridDim.x, the c-th from its beginning or, in reversed rounds, its end.
 //
 // Heads are worked on in sections whose keys and values stay in the L2 cache together. Under a causal mask the tiles of
 // the first section come from the shortest to the longest or the reverse, those of the next the other way, and of the
@@ -48,7 +47,9 @@ class Schedule {
   // The next tile, if there is one. All lanes take part.
   __device__ __forceinline__ bool next(Tile& tile) {
     const bool reversed = !spec::kPackedQ && spec::kWindowRight && sections_ == 1 && round_ % 2 == 1;
-    index_ = round_ * gridDim.x + (reversed ? gridDim.x - 1 - blockIdx.x : blockIdx.x);
+    const int clusters = gridDim.x / spec::kCluster;
+    const int cluster = blockIdx.x / spec::kCluster;
+    index_ = round_ * clusters + (reversed ? clusters - 1 - cluster : cluster);
     ++round_;
     bool found;
     if constexpr (spec::kPackedQ) {
@@ -68,7 +69,7 @@ class Schedule {
     const int heads = opaque(params_.heads);
     const int q_rows = opaque(params_.q_rows);
     const int pairs = heads * params_.batch;
-    const int m_blocks = (q_rows + spec::kTileM - 1) / spec::kTileM;
+    const int m_blocks = (q_rows + kTileRows - 1) / kTileRows;
     if (index_ >= m_blocks * pairs) return false;
     const int pairs_per_section = opaque(pairs_per_section_);
     const int section = index_ / (pairs_per_section * m_blocks);
@@ -81,8 +82,8 @@ class Schedule {
     tile.sequence = pair / heads;
     tile.head = pair % heads;
     tile.q_group = tile.sequence;
-    tile.q_index = tile.q_row = (rising ? m_block : m_blocks - 1 - m_block) * spec::kTileM;
-    tile.rows = min(spec::kTileM, q_rows - tile.q_row);
+    tile.q_index = tile.q_row = (rising ? m_block : m_blocks - 1 - m_block) * kTileRows;
+    tile.rows = min(kTileRows, q_rows - tile.q_row);
     tile.q_len = q_rows;
     return true;
   }
@@ -103,7 +104,7 @@ class Schedule {
       end = max(warp_scan_max(group * params_.q_rows + end), chunk_row_);
       int begin = __shfl_up_sync(kAllLanes, end, 1);
       if (lane_index() == 0) begin = chunk_row_;
-      const int m_blocks = (end - begin + spec::kTileM - 1) / spec::kTileM;
+      const int m_blocks = (end - begin + kTileRows - 1) / kTileRows;
       const int tiles_end = chunk_tiles_ + warp_scan_sum(m_blocks * params_.heads);
       const u32 later = __ballot_sync(kAllLanes, tiles_end > index_);
       if (later == 0) {
@@ -120,8 +121,8 @@ class Schedule {
       const int owner_in_group = __shfl_sync(kAllLanes, in_group, owner);
       const int local = index_ - (__shfl_sync(kAllLanes, tiles_end, owner) - owner_m_blocks * params_.heads);
       tile.head = local / owner_m_blocks;
-      tile.q_index = (owner_m_blocks - 1 - local % owner_m_blocks) * spec::kTileM;
-      tile.rows = min(spec::kTileM, owner_end - owner_begin - tile.q_index);
+      tile.q_index = (owner_m_blocks - 1 - local % owner_m_blocks) * kTileRows;
+      tile.rows = min(kTileRows, owner_end - owner_begin - tile.q_index);
       tile.q_group = owner_group;
       tile.q_row = owner_begin - owner_group * params_.q_rows + tile.q_index;
       const bool in_sequence = owner_in_group >= 1 && owner_in_group <= sequences;

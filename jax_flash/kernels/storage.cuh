@@ -44,6 +44,15 @@ struct Pipe {
   __device__ __forceinline__ void release() {
     if (lane_index() == 0) empty.arrive();
   }
+
+  // The same for a buffer that all CTAs of a cluster fill together.
+  __device__ __forceinline__ void release_to_cluster() {
+    if constexpr (spec::kCluster == 1) {
+      release();
+    } else {
+      if (lane_index() < spec::kCluster) empty.arrive_at(lane_index());
+    }
+  }
 };
 
 // What the scheduler tells of a tile, until all consumers have stored its rows. No rows end the work.
@@ -82,8 +91,8 @@ struct alignas(1024) SharedStorage {
       }
     }
     for (int stage = 0; stage < spec::kStages; ++stage) {
-      k_pipe[stage].init(kConsumerWarps);
-      v_pipe[stage].init(kConsumerWarps);
+      k_pipe[stage].init(spec::kCluster * kConsumerWarps);
+      v_pipe[stage].init(spec::kCluster * kConsumerWarps);
     }
   }
 };

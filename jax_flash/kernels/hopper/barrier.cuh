@@ -20,6 +20,18 @@ struct Barrier {
     asm volatile("mbarrier.arrive.shared::cta.b64 _, [%0];" ::"r"(shared_address(this)) : "memory");
   }
 
+  // The same barrier of another CTA of the cluster.
+  __device__ __forceinline__ void arrive_at(int rank) {
+    asm volatile(
+        "{\n"
+        ".reg .b32 there;\n"
+        "mapa.shared::cluster.u32 there, %0, %1;\n"
+        "mbarrier.arrive.shared::cluster.b64 _, [there];\n"
+        "}" ::"r"(shared_address(this)),
+        "r"(rank)
+        : "memory");
+  }
+
   // One arrival that also announces the bytes that TMA will write before the phase ends.
   __device__ __forceinline__ void arrive_expect(int bytes) {
     asm volatile("mbarrier.arrive.expect_tx.shared::cta.b64 _, [%0], %1;" ::"r"(shared_address(this)), "r"(bytes)

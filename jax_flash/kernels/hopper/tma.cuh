@@ -25,4 +25,15 @@ __device__ __forceinline__ void tma_load(void* destination, const TensorMap& map
       : "memory");
 }
 
+// The same, to the same place of both CTAs of a cluster, each of whose barriers counts the bytes.
+__device__ __forceinline__ void tma_load_both(void* destination, const TensorMap& map, Barrier& barrier, int c0, int c1,
+                                              int c2, int c3) {
+  constexpr u16 kBoth = 3;
+  asm volatile(
+      "cp.async.bulk.tensor.4d.shared::cluster.global.mbarrier::complete_tx::bytes.multicast::cluster [%0], [%1, {%3, "
+      "%4, %5, %6}], [%2], %7;" ::"r"(shared_address(destination)),
+      "l"(&map), "r"(shared_address(&barrier)), "r"(c0), "r"(c1), "r"(c2), "r"(c3), "h"(kBoth)
+      : "memory");
+}
+
 }  // namespace jax_flash

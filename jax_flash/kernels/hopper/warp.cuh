@@ -23,6 +23,17 @@ __device__ __forceinline__ int opaque(int x) {
   return x;
 }
 
+// The CTAs of a cluster: which one this is, and a barrier among all their threads.
+__device__ __forceinline__ int cluster_rank() {
+  u32 rank;
+  asm("mov.u32 %0, %%cluster_ctarank;" : "=r"(rank));
+  return rank;
+}
+
+__device__ __forceinline__ void sync_cluster() {
+  asm volatile("barrier.cluster.arrive.aligned;\nbarrier.cluster.wait.aligned;" ::: "memory");
+}
+
 template <int kRegisters>
 __device__ __forceinline__ void grow_registers() {
   static_assert(kRegisters % 8 == 0 && kRegisters >= 24 && kRegisters <= 256, "setmaxnreg takes multiples of 8");
