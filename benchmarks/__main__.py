@@ -7,6 +7,7 @@ several percent between runs and machines.
 from __future__ import annotations
 
 import argparse
+import dataclasses
 import datetime
 import importlib.metadata
 import json
@@ -15,30 +16,50 @@ import pathlib
 import platform
 import statistics
 import subprocess
+import sys
 import time
 
 # Peers in PyTorch share the GPU with JAX.
 os.environ.setdefault("XLA_PYTHON_CLIENT_PREALLOCATE", "false")
 
 import jax
+import numpy as np
 
-from benchmarks.libraries import LIBRARIES, on_gpu
+from benchmarks import report, tune
+from benchmarks.libraries import LIBRARIES, ceilings, on_gpu, prepare
 from benchmarks.suites import SUITES, Row
 
 ROUNDS = 3
 PAUSE = 0.1
 """Seconds between bursts: without them power throttling, not the kernel, decides."""
 
+MOST_DIFFERENCE = {"float8_e4m3fn": 0.1}
+"""How far a library's result may lie from that of jax_flash, relative to its size; else it solved another problem."""
 
-def measure(row: Row) -> dict[str, float]:
-    """The median time in seconds of each library that runs a row, over all rounds."""
-    timers = {name: timer for name, library in LIBRARIES.items() if (timer := library(row)) is not None}
+
+def measure(row: Row) -> tuple[dict[str, float], dict[str, str]]:
+    """The median time in seconds of each library that runs a row, over all rounds, and why the others do not."""
+    timers, refused = {}, {}
+    ours = None
+    for name in LIBRARIES:
+        try:
+            result, timer = prepare(name, row)
+        except Exception as error:  # whatever a peer raises is an answer
+            refused[name] = (str(error).splitlines() or [type(error).__name__])[0][:200]
+            continue
+        result = np.asarray(result, np.float32)
+        ours = result if ours is None else ours
+        difference = np.linalg.norm(result - ours) / np.linalg.norm(ours)
+        if difference < MOST_DIFFERENCE.get(row.dtype, 0.02):
+            timers[name] = timer
+        else:
+            refused[name] = f"its result differs by {difference:.2g}"
     times: dict[str, list[float]] = {name: [] for name in timers}
     for _ in range(ROUNDS):
         for name, timer in timers.items():
             time.sleep(PAUSE)
             times[name] += timer()
-    return {name: statistics.median(values) for name, values in times.items()}
+    return {name: statistics.median(values) for name, values in times.items()}, refused
 
 
 def device_name() -> str:
@@ -52,7 +73,7 @@ def environment() -> dict[str, str]:
     commit = os.environ.get("JAX_FLASH_COMMIT")
     if commit is None:
         commit = subprocess.run(["git", "rev-parse", "--short", "HEAD"], capture_output=True, text=True).stdout.strip()
-    packages = ("jax", "jaxlib", "nvidia-cuda-nvrtc", "nvidia-cudnn-cu13", "dew-flash-attn-cu13", "fa3-fwd")
+    packages = ("jax", "jaxlib", "nvidia-cuda-nvrtc", "nvidia-cudnn-cu13", "fa3-fwd", "flash-attn3-jax", "torch")
     installed = {dist.metadata["Name"]: dist.version for dist in importlib.metadata.distributions()}
     return {
         "device": device_name(),
@@ -62,24 +83,38 @@ def environment() -> dict[str, str]:
     }
 
 
-def main() -> None:
-    """Runs a suite, prints its table, writes its file."""
-    parser = argparse.ArgumentParser(prog="python -m benchmarks", description=__doc__)
-    parser.add_argument("suite", choices=SUITES)
-    suite = parser.parse_args().suite
+def progress(done: int, total: int, row: Row | None) -> None:
+    """A bar on the terminal."""
+    if sys.stderr.isatty():
+        filled = 40 * done // total
+        end = f" {row}" if row else "\n"
+        print(f"\r[{'#' * filled}{'.' * (40 - filled)}] {done}/{total}{end:40}", end="", file=sys.stderr, flush=True)
+
+
+def run(name: str) -> None:
+    """Measures a suite, writes its file after every row, and prints its table."""
+    suite = SUITES[name]
     folder = pathlib.Path(__file__).parent / "results"
     folder.mkdir(exist_ok=True)
     device = "cpu" if not on_gpu() else device_name().lower().replace(" ", "-")
-    path = folder / f"{device}-{suite}.json"
-    results = {"environment": environment(), "rows": []}
-    for number, row in enumerate(SUITES[suite], 1):
-        seconds = measure(row)
-        tflops = {name: row.flops / t / 1e12 for name, t in seconds.items()}
-        results["rows"].append({"row": str(row), "tflops": tflops, "seconds": seconds})
+    path = folder / f"{device}-{name}.json"
+    results = {"environment": environment(), "ceilings": ceilings() if on_gpu() else {}, "rows": []}
+    for number, row in enumerate(suite.rows):
+        progress(number, len(suite.rows), row)
+        seconds, refused = measure(row)
+        problem = dataclasses.asdict(row)
+        results["rows"].append({"row": str(row), "problem": problem, "seconds": seconds, "refused": refused})
         path.write_text(json.dumps(results, indent=1) + "\n")
-        cells = "  ".join(f"{name} {value:8.3g} TFLOP/s" for name, value in tflops.items())
-        print(f"[{number}/{len(SUITES[suite])}] {row!s:36} {cells}", flush=True)
-    print(path)
+    progress(len(suite.rows), len(suite.rows), None)
+    print(report.table(path))
+
+
+def main() -> None:
+    """Runs a suite, or searches kernels."""
+    parser = argparse.ArgumentParser(prog="python -m benchmarks", description=__doc__)
+    parser.add_argument("suite", choices=[*SUITES, "tune"])
+    name = parser.parse_args().suite
+    tune.main() if name == "tune" else run(name)
 
 
 if __name__ == "__main__":

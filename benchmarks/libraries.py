@@ -1,18 +1,20 @@
-"""Who is measured: jax_flash and its peers, each as a function from a row to a timer, or None where it cannot run it.
+"""Who is measured: jax_flash and its peers. For a row each gives the function that computes it, or refuses.
 
-A timer runs a burst of calls and gives the time of each, in seconds. On a GPU that is kernel time, by CUPTI for JAX
-and by CUDA events for PyTorch; on the CPU it is wall time.
+A function takes q, k and v, and cu_seqlens where the row is packed. A timer runs a burst of calls and gives the time of
+each in seconds: kernel time on a GPU, by CUPTI for JAX and by torch.profiler for PyTorch; wall time on the CPU.
 """
 
 from __future__ import annotations
 
 import functools
 import importlib.util
+import math
 import time
 from collections.abc import Callable
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 import jax_flash
 from benchmarks.suites import Row
@@ -20,7 +22,14 @@ from benchmarks.suites import Row
 BURST = 12
 """Calls of one burst: enough for a median, few enough that the GPU does not throttle."""
 
+CACHE_BYTES = 128 << 20
+"""Inputs of less, which the L2 cache could keep from call to call, come in several sets that take turns."""
+
 Timer = Callable[[], list[float]]
+
+
+class Refusal(Exception):
+    """A library cannot run a row; the message says why."""
 
 
 def on_gpu() -> bool:
@@ -29,82 +38,207 @@ def on_gpu() -> bool:
 
 
 @functools.lru_cache(maxsize=1)
-def inputs(row: Row) -> list[jax.Array]:
-    """q, k and v of a row, the same for every library."""
-    shape = (row.batch, row.length, row.heads, row.head_dim)
-    return [
-        jax.random.normal(key, shape, jnp.float32).astype(row.dtype) for key in jax.random.split(jax.random.key(0), 3)
-    ]
+def input_sets(row: Row) -> list[tuple[jax.Array, ...]]:
+    """Arguments of a row, the same for every library: as many sets as it takes to fill the cache."""
+    count = min(16, math.ceil(CACHE_BYTES / row.bytes)) if on_gpu() else 1
+    keys = jax.random.split(jax.random.key(0), (count, 3))
+    return [_inputs(row, *three) for three in keys]
 
 
-def jax_timer(function, row: Row) -> Timer:
-    """A timer of a JAX function of q, k and v."""
-    compiled = jax.jit(function).lower(*inputs(row)).compile()
-    jax.block_until_ready(compiled(*inputs(row)))
+def _inputs(row: Row, *keys) -> tuple[jax.Array, ...]:
+    sides = (
+        (row.q_lengths, row.heads, row.head_dim),
+        (row.kv_lengths, row.kv_heads, row.head_dim),
+        (row.kv_lengths, row.kv_heads, row.head_dim_v),
+    )
+    arrays = []
+    for key, (lengths, heads, head_dim) in zip(keys, sides, strict=True):
+        rows = (sum(lengths),) if row.packed else (len(lengths), lengths[0])
+        arrays.append(jax.random.normal(key, (*rows, heads, head_dim), jnp.float32).astype(row.dtype))
+    if row.packed:
+        arrays.append(jnp.asarray(np.cumsum([0, *row.q_lengths]), jnp.int32))
+    return tuple(arrays)
+
+
+def window_size(row: Row) -> tuple[int, int]:
+    """The row's window as FlashAttention writes it."""
+    return (-1 if row.window is None else row.window, -1)
+
+
+def installed(package: str) -> None:
+    """Refuses unless the package is there."""
+    if not on_gpu() or importlib.util.find_spec(package) is None:
+        raise Refusal("not installed")
+
+
+def without(row: Row, *features: str) -> None:
+    """Refuses a row that has one of these features."""
+    for feature in features:
+        if getattr(row, feature):
+            raise Refusal(f"takes no {feature}")
+
+
+# Functions in JAX.
+
+
+def ours(row: Row) -> Callable:
+    """jax_flash.attention."""
+    call = functools.partial(
+        jax_flash.attention, causal=row.causal, window_size=window_size(row), softcap=row.softcap
+    )
+    return (lambda q, k, v, cu: call(q, k, v, cu_seqlens_q=cu, cu_seqlens_k=cu)) if row.packed else call
+
+
+def jax_nn(row: Row) -> Callable:
+    """jax.nn.dot_product_attention: cuDNN on a GPU, XLA on the CPU. It has no packed sequences."""
+    without(row, "packed", "softcap")
+    return functools.partial(
+        jax.nn.dot_product_attention,
+        is_causal=row.causal,
+        local_window_size=None if row.window is None else (row.window, 0 if row.causal else row.kv_lengths[0]),
+        implementation="cudnn" if on_gpu() else "xla",
+    )
+
+
+def dew_flash_attn(row: Row) -> Callable:
+    """FlashAttention-3 as dew_flash_attn packs it for JAX."""
+    installed("dew_flash_attn")
+    without(row, "softcap")
+    from dew_flash_attn import flash_mha, flash_mha_varlen
+
+    options = {"is_causal": row.causal, "window_size": window_size(row)}
+    if not row.packed:
+        return functools.partial(flash_mha, **options)
+    return lambda q, k, v, cu: flash_mha_varlen(q, k, v, cu, max(row.q_lengths), **options)
+
+
+def flash_attn3_jax(row: Row) -> Callable:
+    """FlashAttention-3 as flash_attn3_jax packs it for JAX."""
+    installed("flash_attn3_jax")
+    without(row, "softcap")
+    from flash_attn3_jax import flash_mha, flash_mha_varlen, flash_mha_with_kvcache
+
+    options = {"is_causal": row.causal, "window_size": window_size(row)}
+    if row.packed:
+        longest = max(row.q_lengths)
+        return lambda q, k, v, cu: flash_mha_varlen(q, k, v, cu, max_seqlen_q=longest, max_seqlen_k=longest, **options)
+    if row.q_lengths != row.kv_lengths:
+        lengths = jnp.asarray(row.kv_lengths, jnp.int32)
+        return lambda q, k, v: flash_mha_with_kvcache(q, k, v, cache_seqlens=lengths, num_splits=16)
+    return functools.partial(flash_mha, **options)
+
+
+def pallas(row: Row) -> Callable:
+    """The attention that JAX ships in Pallas for Mosaic GPU. It has no scale: q is scaled beforehand."""
+    if not on_gpu():
+        raise Refusal("not installed")
+    without(row, "packed", "softcap", "window")
+    from jax.experimental.pallas.ops.gpu import attention_mgpu
+
+    config = attention_mgpu.TuningConfig(
+        block_q=64,
+        block_kv=64 if row.head_dim > 128 else 128,
+        max_concurrent_steps=2,
+        use_schedule_barrier=True,
+        causal=row.causal,
+    )
+    return lambda q, k, v: attention_mgpu.attention(q, k, v, config)
+
+
+def jax_timer(function: Callable, sets: list[tuple]) -> tuple[jax.Array, Timer]:
+    """The result of a JAX function of the first set, and its timer."""
+    compiled = jax.jit(lambda sets: [function(*arguments) for arguments in sets]).lower(sets).compile()
+    result = compiled(sets)[0]
 
     def on_cpu():
         times = []
         for _ in range(BURST):
             start = time.perf_counter()
-            jax.block_until_ready(compiled(*inputs(row)))
-            times.append(time.perf_counter() - start)
+            jax.block_until_ready(compiled(sets))
+            times.append((time.perf_counter() - start) / len(sets))
         return times
 
     def by_cupti():
         from jax.experimental.mosaic.gpu import profiler
 
-        _, milliseconds = profiler.measure(compiled, iterations=BURST)(*inputs(row))
-        return [t * 1e-3 for t in milliseconds]
+        _, milliseconds = profiler.measure(compiled, iterations=BURST)(sets)
+        return [t * 1e-3 / len(sets) for t in milliseconds]
 
-    return by_cupti if on_gpu() else on_cpu
-
-
-def ours(row: Row) -> Timer:
-    """jax_flash.attention."""
-    return jax_timer(functools.partial(jax_flash.attention, causal=row.causal), row)
+    return result, by_cupti if on_gpu() else on_cpu
 
 
-def jax_nn(row: Row) -> Timer | None:
-    """jax.nn.dot_product_attention: cuDNN on a GPU, XLA on the CPU."""
-    if row.dtype == "float8_e4m3fn":
-        return None
-    implementation = "cudnn" if on_gpu() else "xla"
-    return jax_timer(
-        functools.partial(jax.nn.dot_product_attention, is_causal=row.causal, implementation=implementation), row
-    )
+# In PyTorch.
 
 
-def fa3_jax(row: Row) -> Timer | None:
-    """FlashAttention-3 as dew_flash_attn packs it for JAX: 16-bit alone."""
-    if not on_gpu() or row.dtype == "float8_e4m3fn" or importlib.util.find_spec("dew_flash_attn") is None:
-        return None
-    import dew_flash_attn
+def fa3_fwd(row: Row) -> Callable:
+    """FlashAttention-3 for PyTorch. It transposes FP8 values itself."""
+    installed("fa3_fwd_interface")
+    from fa3_fwd_interface import flash_attn_func, flash_attn_varlen_func
 
-    return jax_timer(functools.partial(dew_flash_attn.flash_mha, is_causal=row.causal), row)
+    options = {"causal": row.causal, "window_size": window_size(row), "softcap": row.softcap}
+    if not row.packed:
+        return functools.partial(flash_attn_func, **options)
+    longest = max(row.q_lengths)
+    return lambda q, k, v, cu: flash_attn_varlen_func(q, k, v, cu, cu, longest, longest, **options)
 
 
-def fa3_torch(row: Row) -> Timer | None:
-    """FlashAttention-3 for PyTorch: FP8 alone, since the rest is measured in JAX. It transposes V itself."""
-    if not on_gpu() or row.dtype != "float8_e4m3fn" or importlib.util.find_spec("fa3_fwd_interface") is None:
-        return None
-    import fa3_fwd_interface
+def torch_timer(function: Callable, sets: list[tuple]) -> tuple[jax.Array, Timer]:
+    """The result of a PyTorch function of the first set, and its timer."""
     import torch
 
-    q, k, v = (torch.from_dlpack(x.view(jnp.uint8)).view(torch.float8_e4m3fn) for x in inputs(row))
-    call = functools.partial(fa3_fwd_interface.flash_attn_func, q, k, v, causal=row.causal)
-    call()
+    def to_torch(x):
+        if x.dtype == jnp.float8_e4m3fn:
+            return torch.from_dlpack(x.view(jnp.uint8)).view(torch.float8_e4m3fn)
+        return torch.from_dlpack(x)
 
-    def by_events():
+    torch_sets = [tuple(map(to_torch, arguments)) for arguments in sets]
+    result = function(*torch_sets[0])
+
+    def by_profiler():
         torch.cuda.synchronize()
-        events = [[torch.cuda.Event(enable_timing=True) for _ in range(2)] for _ in range(BURST)]
-        for start, end in events:
-            start.record()
-            call()
-            end.record()
-        torch.cuda.synchronize()
-        return [start.elapsed_time(end) * 1e-3 for start, end in events]
+        with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CUDA]) as profile:
+            for _ in range(BURST):
+                for arguments in torch_sets:
+                    function(*arguments)
+            torch.cuda.synchronize()
+        kernels = [e for e in profile.events() if e.device_type == torch.autograd.DeviceType.CUDA]
+        kernels.sort(key=lambda event: event.time_range.start)
+        per_call = len(kernels) // BURST
+        calls = [kernels[i : i + per_call] for i in range(0, len(kernels), per_call)]
+        return [sum(event.time_range.elapsed_us() for event in call) * 1e-6 / len(sets) for call in calls]
 
-    return by_events
+    return jnp.from_dlpack(result.float().contiguous()), by_profiler
 
 
-LIBRARIES = {"jax_flash": ours, "FA3 (JAX)": fa3_jax, "FA3 (PyTorch)": fa3_torch, "jax.nn": jax_nn}
+LIBRARIES = {
+    "jax_flash": (ours, jax_timer),
+    "FA3 (dew_flash_attn)": (dew_flash_attn, jax_timer),
+    "FA3 (flash_attn3_jax)": (flash_attn3_jax, jax_timer),
+    "FA3 (PyTorch)": (fa3_fwd, torch_timer),
+    "jax.nn": (jax_nn, jax_timer),
+    "Pallas": (pallas, jax_timer),
+}
+
+
+def prepare(name: str, row: Row) -> tuple[jax.Array, Timer]:
+    """The result of a library on the first set of a row's inputs, and its timer; whatever it raises is its refusal."""
+    library, timer = LIBRARIES[name]
+    sets = input_sets(row)
+    if name == "Pallas":
+        sets = [((q * q.shape[-1] ** -0.5).astype(q.dtype), *rest) for q, *rest in sets]
+    return timer(library(row), sets)
+
+
+# Ceilings of the machine, measured in the same run.
+
+
+def ceilings() -> dict[str, float]:
+    """The rate of a bf16 matrix product by cuBLAS in FLOP/s, and of reading memory in bytes/s."""
+    side, bytes_read = 8192, 4 << 30
+    matrix = jax.random.normal(jax.random.key(1), (side, side), jnp.bfloat16)
+    _, multiply = jax_timer(jnp.matmul, [(matrix, matrix)])
+    _, read = jax_timer(lambda x: jnp.max(x, axis=-1), [(jnp.ones((1 << 14, bytes_read >> 16), jnp.float32),)])
+    return {
+        "bfloat16 matmul 8192, FLOP/s": 2 * side**3 / sorted(multiply())[BURST // 2],
+        "memory read, B/s": bytes_read / sorted(read())[BURST // 2],
+    }

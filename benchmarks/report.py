@@ -1,50 +1,119 @@
-"""Writes tables from benchmarks/results/*.json between two marks: all of them into docs, length 8192 into README.md."""
+"""python -m benchmarks.report: tables and plots from benchmarks/results/*.json.
+
+Tables stand between two marks: all rows in docs/performance.md, those of length 8192 in README.md. A plot of the rows
+that differ in head dim, mask and length alone lies beside each file of a GPU.
+"""
 
 from __future__ import annotations
 
+import collections
 import json
 import pathlib
 import re
 
+from benchmarks.suites import SUITES, Row
+
 ROOT = pathlib.Path(__file__).parent.parent
+RESULTS = ROOT / "benchmarks" / "results"
 MARKS = re.compile(r"(<!-- results -->\n).*(<!-- end of results -->)", re.DOTALL)
 
 
-def table(path: pathlib.Path, only: str) -> str:
-    """The rows that have `only` in their name, as a Markdown table in TFLOP/s, the best library of each row in bold."""
+def row_of(problem: dict) -> Row:
+    """A row as a file keeps it."""
+    return Row(**{name: tuple(value) if isinstance(value, list) else value for name, value in problem.items()})
+
+
+def rates(entry: dict, unit: str) -> dict[str, float]:
+    """Each library's rate, or time, in a unit."""
+    row = row_of(entry["problem"])
+    of = {
+        "TFLOP/s": lambda seconds: row.flops / seconds / 1e12,
+        "TB/s": lambda seconds: row.bytes / seconds / 1e12,
+        "µs": lambda seconds: seconds * 1e6,
+    }[unit]
+    return {name: of(seconds) for name, seconds in entry["seconds"].items()}
+
+
+def unit_of(path: pathlib.Path) -> str:
+    """The unit of a file's suite, which its name ends with."""
+    return SUITES[path.stem.rpartition("-")[2]].unit
+
+
+def table(path: pathlib.Path, only: str = "") -> str:
+    """The rows that have `only` in their name, as a Markdown table, the best library of each row in bold."""
     results = json.loads(path.read_text())
     environment = results["environment"]
-    rows = [row for row in results["rows"] if only in row["row"]]
-    if not rows:
+    unit = unit_of(path)
+    entries = [(entry["row"], rates(entry, unit)) for entry in results["rows"] if only in entry["row"]]
+    if not entries:
         return ""
-    libraries = list(dict.fromkeys(name for row in rows for name in row["tflops"]))
+    libraries = list(dict.fromkeys(name for _, values in entries for name in values))
+    ceilings = [f"{name.split(',')[0]} {rate / 1e12:.3g} T{name.split(', ')[1]}" for name, rate in results["ceilings"].items()]
     lines = [
-        f"TFLOP/s on one {environment['device']}, jax {environment['jax']}, {environment['date']}, commit "
-        f"{environment['commit']} (`benchmarks/results/{path.name}`):",
+        f"{unit} on one {environment['device']}, jax {environment['jax']}, {environment['date']}, commit "
+        f"{environment['commit']} (`benchmarks/results/{path.name}`{''.join(f'; {c}' for c in ceilings)}):",
         "",
         f"| | {' | '.join(libraries)} |",
         f"|---{'|---' * len(libraries)}|",
     ]
-    for row in rows:
-        best = max(row["tflops"].values())
-        cells = [_cell(row["tflops"].get(name), best) for name in libraries]
-        lines.append(f"| {row['row']} | {' | '.join(cells)} |")
+    for name, values in entries:
+        best = (min if unit == "µs" else max)(values.values())
+        lines.append(f"| {name} | {' | '.join(_cell(values.get(library), best) for library in libraries)} |")
     return "\n".join(lines) + "\n"
 
 
-def _cell(tflops: float | None, best: float) -> str:
-    if tflops is None:
+def _cell(value: float | None, best: float) -> str:
+    if value is None:
         return "-"
-    number = f"{tflops:.0f}" if tflops >= 10 else f"{tflops:.3f}"
-    return f"**{number}**" if tflops == best else number
+    number = f"{value:.0f}" if value >= 100 else f"{value:.3g}"
+    return f"**{number}**" if value == best else number
+
+
+def plot(path: pathlib.Path) -> pathlib.Path | None:
+    """TFLOP/s against length, one line a library, one panel for each dtype, mask and head dim; None without such rows."""
+    panels = collections.defaultdict(lambda: collections.defaultdict(dict))
+    for entry in json.loads(path.read_text())["rows"]:
+        row = row_of(entry["problem"])
+        if row.plain:
+            for library, rate in rates(entry, "TFLOP/s").items():
+                panels[row.causal, row.dtype, row.head_dim][library][row.q_lengths[0]] = rate
+    panels = {key: lines for key, lines in panels.items() if any(len(line) > 2 for line in lines.values())}
+    if not panels:
+        return None
+    from matplotlib import pyplot
+
+    columns = sorted({(dtype, dim) for _, dtype, dim in panels})
+    figure, axes = pyplot.subplots(2, len(columns), figsize=(4 * len(columns), 7), sharex=True, squeeze=False)
+    for (causal, dtype, dim), lines in panels.items():
+        axis = axes[int(causal)][columns.index((dtype, dim))]
+        for library, line in lines.items():
+            own = library == "jax_flash"
+            axis.plot(*zip(*sorted(line.items()), strict=True), label=library, marker="o", linewidth=2.5 if own else 1.2)
+        axis.set_title(f"{dtype}, head dim {dim}, {'causal' if causal else 'full'}", fontsize=10)
+        axis.set_xscale("log", base=2)
+        axis.set_ylim(bottom=0)
+        axis.grid(alpha=0.3)
+    for axis in axes[-1]:
+        axis.set_xlabel("length")
+    for axis in axes[:, 0]:
+        axis.set_ylabel("TFLOP/s")
+    axes[0][0].legend(fontsize=8)
+    figure.tight_layout()
+    picture = path.with_suffix(".png")
+    figure.savefig(picture, dpi=100)
+    pyplot.close(figure)
+    return picture
 
 
 def main() -> None:
-    """Rewrites README.md and docs/performance.md."""
+    """Rewrites README.md, docs/performance.md and the plots."""
+    paths = sorted(RESULTS.glob("*.json"))
     for page, only in ((ROOT / "README.md", " S8192 "), (ROOT / "docs" / "performance.md", "")):
-        tables = [table(path, only) for path in sorted((ROOT / "benchmarks" / "results").glob("*.json"))]
-        body = "\n" + "\n".join(filter(None, tables)) + "\n"
+        body = "\n" + "\n".join(filter(None, (table(path, only) for path in paths))) + "\n"
         page.write_text(MARKS.sub(lambda match, body=body: match[1] + body + match[2], page.read_text()))
+    for path in paths:
+        if not path.name.startswith("cpu-"):
+            plot(path)
 
 
 if __name__ == "__main__":

@@ -5,42 +5,165 @@ from __future__ import annotations
 import dataclasses
 import itertools
 
+from jax_flash.__main__ import PACKED_LENGTHS
+
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Row:
-    """One forward problem: self-attention of random normal inputs."""
+    """One forward problem on random normal inputs."""
 
     dtype: str
-    batch: int
-    length: int
+    q_lengths: tuple[int, ...]
+    """Query length of each sequence."""
+    kv_lengths: tuple[int, ...]
     heads: int
+    kv_heads: int
     head_dim: int
-    causal: bool
+    head_dim_v: int
+    causal: bool = False
+    window: int | None = None
+    """Keys that a query sees before its own position; None is all."""
+    softcap: float = 0.0
+    packed: bool = False
+    """Whether the sequences lie one after another, cut by cu_seqlens."""
 
     @property
     def flops(self) -> float:
-        """4 B H S² D, halved when causal."""
-        return 4 * self.batch * self.heads * self.length**2 * self.head_dim * (0.5 if self.causal else 1.0)
+        """2 H (D + Dv) for each pair of query and key, of which a causal mask over a square leaves half."""
+        pairs = sum(map(self._pairs, self.q_lengths, self.kv_lengths))
+        return 2 * self.heads * (self.head_dim + self.head_dim_v) * pairs
+
+    def _pairs(self, q_length: int, kv_length: int) -> float:
+        if self.window is not None:
+            positions = range(kv_length - q_length, kv_length)
+            after = (0 if self.causal else kv_length - 1 - position for position in positions)
+            return sum(min(p, self.window) + 1 + a for p, a in zip(positions, after, strict=True))
+        return q_length * (kv_length - q_length / 2) if self.causal else q_length * kv_length
+
+    @property
+    def bytes(self) -> int:
+        """Of q, k and v, read once; the output, of 16 bits at least, is written on top."""
+        size = {"float32": 4, "float8_e4m3fn": 1}.get(self.dtype, 2)
+        queries = sum(self.q_lengths) * self.heads * self.head_dim
+        keys = sum(self.kv_lengths) * self.kv_heads * (self.head_dim + self.head_dim_v)
+        return size * (queries + keys)
+
+    @property
+    def plain(self) -> bool:
+        """Whether it is self-attention of sequences of one length, and has no feature but a causal mask."""
+        same = len({*self.q_lengths, *self.kv_lengths}) == 1 and self.heads == self.kv_heads
+        return same and self.head_dim == self.head_dim_v and not (self.packed or self.softcap or self.window)
 
     def __str__(self) -> str:
-        return f"{self.dtype} D{self.head_dim} S{self.length} {'causal' if self.causal else 'full'}"
+        dims = str(self.head_dim) if self.head_dim == self.head_dim_v else f"{self.head_dim}/{self.head_dim_v}"
+        words = [self.dtype, f"D{dims}"]
+        if self.packed:
+            words.append(f"packed {len(self.q_lengths)}x{min(self.q_lengths)}-{max(self.q_lengths)}")
+        elif self.q_lengths == self.kv_lengths:
+            words.append(f"S{self.q_lengths[0]}")
+        else:
+            words.append(f"B{len(self.q_lengths)} {self.q_lengths[0]}x{self.kv_lengths[0]}")
+        if self.heads != self.kv_heads:
+            words.append(f"H{self.heads}:{self.kv_heads}")
+        if self.window is not None:
+            words.append(f"window {self.window}")
+        if self.softcap:
+            words.append(f"softcap {self.softcap:g}")
+        return " ".join([*words, "causal" if self.causal else "full"])
 
 
-def _tokens_16k(dtype, head_dims, lengths) -> list[Row]:
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Suite:
+    """Rows, and in what unit their table is written."""
+
+    rows: tuple[Row, ...]
+    unit: str = "TFLOP/s"
+    """Or "µs" or "TB/s"."""
+
+
+TOKENS = 16384
+
+
+def dense(dtype: str, batch: int, length: int, heads: int, head_dim: int, **options) -> Row:
+    """Self-attention of `batch` sequences of one length; `options` are further fields of Row."""
+    defaults = {
+        "q_lengths": (length,) * batch,
+        "kv_lengths": (length,) * batch,
+        "kv_heads": heads,
+        "head_dim_v": head_dim,
+    }
+    return Row(dtype=dtype, heads=heads, head_dim=head_dim, **(defaults | options))
+
+
+def packed(dtype: str, lengths: tuple[int, ...], heads: int, head_dim: int, **options) -> Row:
+    """Self-attention of sequences of those lengths, packed."""
+    return dense(dtype, 1, 0, heads, head_dim, q_lengths=lengths, kv_lengths=lengths, packed=True, **options)
+
+
+def grid(dtype: str, head_dims, lengths, causal=(False, True)) -> list[Row]:
     """B S = 16 384 tokens, H D = 2048, as in FlashAttention-3's own benchmark."""
     return [
-        Row(dtype=dtype, batch=16384 // s, length=s, heads=2048 // d, head_dim=d, causal=causal)
-        for d, s, causal in itertools.product(head_dims, lengths, (False, True))
+        dense(dtype, TOKENS // s, s, 2048 // d, d, causal=c) for d, s, c in itertools.product(head_dims, lengths, causal)
     ]
 
 
+UNEVEN = (4000, 150, 900, 2600, 64, 3100, 1300, 420, 1800, 610, 1440)
+"""Lengths of the packed rows: 16 384 tokens."""
+
+
+def features(dtype: str) -> list[Row]:
+    """What is not in the grid, at head dim 128 where it is not about head dims."""
+    masks = (False, True)
+    return [
+        *(dense(dtype, 2, 8192, 32, 128, kv_heads=8, causal=c) for c in masks),
+        *(packed(dtype, UNEVEN, 16, 128, causal=c) for c in masks),
+        dense(dtype, 1, TOKENS, 16, 128, causal=True, window=1024),
+        *(dense(dtype, 2, 8192, 16, 128, causal=c, softcap=30.0) for c in masks),
+        *(dense(dtype, 2, 8192, 16, d, causal=c) for d in (96, 192) for c in masks),
+        *(dense(dtype, 2, 8192, 16, 192, head_dim_v=128, causal=c) for c in masks),
+    ]
+
+
+def decode(dtype: str, batch: int, kv_length: int, heads: int, kv_heads: int) -> Row:
+    """One query token a sequence."""
+    return dense(dtype, batch, kv_length, heads, 128, q_lengths=(1,) * batch, kv_heads=kv_heads)
+
+
+LENGTHS = (512, 2048, 8192, 16384)
 SUITES = {
-    "forward": _tokens_16k("bfloat16", (64, 128, 256), (512, 2048, 8192, 16384)),
-    "fp8": _tokens_16k("float8_e4m3fn", (64, 128, 256), (512, 2048, 8192, 16384)),
-    "cpu": [
-        Row(dtype="float32", batch=2, length=2048, heads=8, head_dim=64, causal=True),
-        Row(dtype="float32", batch=2, length=2048, heads=8, head_dim=64, causal=False),
-        Row(dtype="bfloat16", batch=2, length=2048, heads=8, head_dim=64, causal=True),
-        Row(dtype="float32", batch=3, length=512, heads=8, head_dim=128, causal=True),
-    ],
+    "forward": Suite(
+        rows=(
+            *grid("bfloat16", (64, 128, 256), LENGTHS),
+            *grid("float16", (64, 128, 256), (2048, 8192)),
+            *features("bfloat16"),
+        )
+    ),
+    "fp8": Suite(rows=tuple(grid("float8_e4m3fn", (64, 128, 256), LENGTHS))),
+    "decode": Suite(
+        unit="TB/s",
+        rows=tuple(
+            decode("float16", *shape)
+            for shape in (
+                *((1, 2048, 16, 2), (64, 2048, 16, 2), (64, 8192, 32, 8), (4, 65536, 32, 8)),
+                *((128, 4096, 64, 8), (1, 131072, 32, 8)),
+            )
+        ),
+    ),
+    "cases": Suite(
+        unit="µs",
+        rows=(
+            packed("float8_e4m3fn", (60,) * 84, 16, 128),
+            packed("float8_e4m3fn", PACKED_LENGTHS, 16, 128),
+            dense("float16", 2, 512, 16, 128, causal=True),
+            decode("float16", 1, 2048, 16, 2),
+        ),
+    ),
+    "cpu": Suite(
+        rows=(
+            dense("float32", 2, 2048, 8, 64, causal=True),
+            dense("float32", 2, 2048, 8, 64),
+            dense("bfloat16", 2, 2048, 8, 64, causal=True),
+            dense("float32", 3, 512, 8, 128, causal=True),
+        )
+    ),
 }

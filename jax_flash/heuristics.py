@@ -5,7 +5,7 @@ Every odd number here has its reason beside it; docs/design.md tells how they we
 
 from __future__ import annotations
 
-import dataclasses
+import functools
 import itertools
 from collections.abc import Iterator
 
@@ -25,10 +25,22 @@ _WORK_BYTES = 4 * 96
 
 _BASE_REGISTERS = {2: 36, 3: 32}
 """What a consumer thread takes besides output, scores, P and product, by consumers of a CTA: found by compiling."""
-_FEATURE_REGISTERS = {"packed_q": 4, "packed_k": 4, "window_left": 4, "softcap": 11}
+_FEATURE_REGISTERS = {"window_left": 4, "softcap": 11}
 """What features add to that, found in the same way."""
 _FP8_REGISTERS = 8
 """And the conversion of P to e4m3."""
+
+
+TUNED: dict[tuple[int, int, bool], dict[str, int | bool]] = {
+    (2, 64, False): {"tile_m": 192, "tile_n": 128, "q_stages": 2, "stages": 3, "integer_max": True},
+    (2, 64, True): {"tile_m": 192, "tile_n": 128, "q_stages": 2, "stages": 3, "integer_max": True},
+    (2, 128, False): {"tile_m": 128, "tile_n": 128, "q_stages": 2, "stages": 2, "integer_max": False},
+    (2, 128, True): {"tile_m": 128, "tile_n": 128, "q_stages": 2, "stages": 2, "integer_max": False},
+    (2, 256, False): {"tile_m": 128, "tile_n": 64, "q_stages": 1, "stages": 2, "integer_max": False},
+    (2, 256, True): {"tile_m": 128, "tile_n": 64, "q_stages": 1, "stages": 2, "integer_max": False},
+}
+"""What `python -m benchmarks tune` found fastest on an H200, by bytes of an element, head dim and whether the window is
+bounded on the right: fields of KernelSpec. A call that needs more registers takes what comes nearest."""
 
 
 def padded_head_dim(head_dim: int) -> int:
@@ -62,11 +74,13 @@ def ranked(
         "window_right": window_right != UNBOUNDED,
         **features,
     }
-    return sorted(filter(legal, candidates(fixed)), key=cost)
+    dim = max(fixed["head_dim"], fixed["head_dim_v"])
+    tuned = TUNED.get((element_bytes(element), dim, fixed["window_right"]), {})
+    return sorted(filter(legal, candidates(fixed, tuned)), key=functools.partial(cost, tuned=tuned))
 
 
-def candidates(fixed: dict) -> Iterator[KernelSpec]:
-    """Every tiling of a call whose other fields are `fixed`."""
+def candidates(fixed: dict, tuned: dict) -> Iterator[KernelSpec]:
+    """Every tiling of a call whose other fields are `fixed`; what is no matter of registers is as in `tuned`."""
     is_fp8 = element_bytes(fixed["element"]) == 1
     dim_v = fixed["head_dim_v"]
     # FP8 adds each product in float32, so a wide one can be multiplied in pieces through one small accumulator.
@@ -76,46 +90,47 @@ def candidates(fixed: dict) -> Iterator[KernelSpec]:
     widest = 256 if is_fp8 and not (fixed["window_left"] or fixed["window_right"]) else 128
     widths = range(step, widest + 1, step)
     for consumers, tile_n, tile_v, q_stages, stages in itertools.product((2, 3), widths, pieces, (1, 2), (2, 3)):
-        buffers = {"tile_m": 64 * consumers, "tile_n": tile_n, "tile_v": tile_v, "q_stages": q_stages, "stages": stages}
-        producer, consumer = register_split(fixed, consumers)
-        yield KernelSpec(
-            **fixed,
-            **buffers,
-            ping_pong=True,
+        yield kernel_spec(
+            fixed,
+            tile_m=64 * consumers,
+            tile_n=tile_n,
+            tile_v=tile_v,
+            q_stages=q_stages,
+            stages=stages,
+            ping_pong=tuned.get("ping_pong", True),
             # Exponents of e4m3 have no room for a maximum that lags behind.
-            rescale_threshold=0 if is_fp8 else 8,
-            # Gains where the softmax bounds the kernel, with three consumers; loses elsewhere.
-            integer_max=consumers == 3,
-            cluster=1,
-            threads=128 * (consumers + 1),
-            producer_registers=producer,
-            consumer_registers=consumer,
-            shared_bytes=shared_bytes(fixed, **buffers),
+            rescale_threshold=tuned.get("rescale_threshold", 0 if is_fp8 else 8),
+            integer_max=tuned.get("integer_max", False),
+            cluster=tuned.get("cluster", 1),
         )
 
 
-def register_split(fixed: dict, consumers: int) -> tuple[int, int]:
-    """Registers of a producer and of a consumer thread, of the 64 K that a CTA has.
+def kernel_spec(fixed: dict, **choices: int | bool) -> KernelSpec:
+    """The KernelSpec with these choices, and what follows from them."""
+    producer, consumer = register_split(choices["tile_m"] // 64)
+    return KernelSpec(
+        **fixed,
+        **choices,
+        threads=128 * (choices["tile_m"] // 64 + 1),
+        producer_registers=producer,
+        consumer_registers=consumer,
+        shared_bytes=shared_bytes(fixed, **choices),
+    )
 
-    A producer spills with 24; for a plain grid 40 are enough (32 beside three consumers), to find bounds it takes 56.
-    """
-    if consumers == 3:
-        return 32, 160
-    return (56, 224) if _finds_bounds(fixed) else (40, 232)
+
+def register_split(consumers: int) -> tuple[int, int]:
+    """Registers of a producer and of a consumer thread, of the 64 K that a CTA has; a producer spills with 24."""
+    return {2: (40, 232), 3: (32, 160)}[consumers]
 
 
-def _finds_bounds(fixed: dict) -> bool:
-    return fixed["packed_q"] or fixed["packed_k"] or fixed["window_left"]
-
-
-def shared_bytes(fixed: dict, *, tile_m: int, tile_n: int, tile_v: int, q_stages: int, stages: int) -> int:
+def shared_bytes(fixed: dict, *, tile_m: int, tile_n: int, q_stages: int, stages: int, **_: int | bool) -> int:
     """Bytes of SharedStorage in kernels/storage.cuh, which checks this number."""
     size = element_bytes(fixed["element"])
     q = tile_m * _up(fixed["head_dim"] * size, _SWIZZLE_BYTES)
     k = tile_n * _up(fixed["head_dim"] * size, _SWIZZLE_BYTES)
     v = tile_n * (fixed["head_dim_v"] if size == 1 else _up(fixed["head_dim_v"] * size, _SWIZZLE_BYTES))
+    out = tile_m * _SWIZZLE_BYTES
     barriers = 16 * (q_stages * tile_m // 64 + 2 * stages)
-    out = 16 * tile_m // 8 * 64
     return _up(q_stages * q + stages * (k + v) + out + barriers + _WORK_BYTES, 1024)
 
 
@@ -136,16 +151,12 @@ def legal(spec: KernelSpec) -> bool:
     is_fp8 = element_bytes(spec.element) == 1
     registers = accumulators(spec) + _BASE_REGISTERS[consumers] + (_FP8_REGISTERS if is_fp8 else 0)
     registers += sum(count for name, count in _FEATURE_REGISTERS.items() if getattr(spec, name))
-    if spec.shared_bytes > SHARED_LIMIT or registers > spec.consumer_registers:
-        return False
-    # With three consumers only 32 registers are left to the producer.
-    return consumers == 2 or not _finds_bounds(dataclasses.asdict(spec))
+    return spec.shared_bytes <= SHARED_LIMIT and registers <= spec.consumer_registers
 
 
-def cost(spec: KernelSpec) -> tuple:
-    """Smaller is better: wide steps keep the tensor cores busy; at D 64 three consumers hide the softmax."""
-    wants_three = element_bytes(spec.element) == 2 and max(spec.head_dim, spec.head_dim_v) <= 64
+def cost(spec: KernelSpec, tuned: dict) -> tuple:
+    """Smaller is better: what is nearest to the tuned choice; then two consumers and wide steps, with deep buffers."""
+    distance = sum(getattr(spec, name) != value for name, value in tuned.items())
     # Only the first piece of PV runs beside the softmax; each further one is waited for: keys per piece is what counts.
     pieces = spec.head_dim_v // spec.tile_v
-    wrong_consumers = spec.tile_m // 64 != (3 if wants_three else 2)
-    return wrong_consumers, -spec.tile_n / pieces, -spec.tile_n, -spec.q_stages, -spec.stages
+    return distance, spec.tile_m, -spec.tile_n / pieces, -spec.tile_n, -spec.q_stages, -spec.stages

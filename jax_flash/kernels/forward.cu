@@ -26,44 +26,40 @@ static_assert(kWarpgroupSize * (spec::kProducerRegisters + kConsumers * spec::kC
                   kThreads * kLaunchRegisters,
               "setmaxnreg waits for ever for registers that the CTA was not launched with");
 
-__device__ __forceinline__ void describe(Work& work, const Tile& tile, const Operands& operands, const Params& params) {
-  const int sequence = max(tile.sequence, 0);
-  work.tile = tile;
-  work.kv_head = tile.head / (opaque(params.heads) / params.kv_heads);
-  work.scale = __ldg(operands.scale + sequence * params.scale_batch_stride + tile.head * params.scale_head_stride);
-  work.v_scale =
-      __ldg(operands.v_scale + sequence * params.v_scale_batch_stride + work.kv_head * params.v_scale_head_stride);
-  if constexpr (spec::kSinks) {
-    work.sink = __ldg(operands.sinks + sequence * params.sinks_batch_stride + tile.head);
-  }
+__device__ __forceinline__ void describe(Work& work, const Operands& operands, const Params& params) {
+  const int head = work.tile.head;
+  const int sequence = max(work.tile.sequence, 0);
+  const int kv_head = head / (opaque(params.heads) / params.kv_heads);
+  work.kv_head = kv_head;
+  work.scale = __ldg(operands.scale + sequence * params.scale_batch_stride + head * params.scale_head_stride);
+  work.v_scale = __ldg(operands.v_scale + sequence * params.v_scale_batch_stride + kv_head * params.v_scale_head_stride);
+  if constexpr (spec::kSinks) work.sink = __ldg(operands.sinks + sequence * params.sinks_batch_stride + head);
 }
 
 // The warp that finds the tiles: hands over those that see keys, and stores the rows of those that see none.
 __device__ __forceinline__ void find_tiles(SharedStorage& shared, const Operands& operands, const Params& params) {
   Ring<kWorkSlots> ring;
   Schedule schedule(operands, params);
-  while (true) {
+  bool more = true;
+  while (more) {
     Work& work = shared.work[ring.slot];
     work.pipe.empty.wait(ring.phase ^ 1);
-    Tile tile;
-    const bool found = schedule.next(tile);
+    more = schedule.next(work.tile);
+    KeyRange range{};
+    if (more) range = key_range(work.tile, params, 0, kTileRows);
     if (lane_index() == 0) {
-      if (found) {
-        describe(work, tile, operands, params);
+      if (more) {
+        describe(work, operands, params);
       } else {
         work.tile.rows = 0;
-        work.pipe.full.arrive();
       }
-    }
-    if (!found) return;
-    const KeyRange range = key_range(tile, params, 0, kTileRows);
-    if (lane_index() == 0 && !range.empty()) {
       work.range = range;
-      work.pipe.full.arrive();
+      if (!more || !range.empty()) work.pipe.full.arrive();
     }
     __syncwarp();
     if (range.empty()) {
       store_blind_rows(work, params, operands, cta_first_row(), spec::kTileM);
+      __syncwarp();
     } else {
       ring.advance();
     }

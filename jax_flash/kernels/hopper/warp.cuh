@@ -23,6 +23,13 @@ __device__ __forceinline__ int opaque(int x) {
   return x;
 }
 
+// CTAs of the grid, read anew each time.
+__device__ __forceinline__ int grid_size() {
+  u32 size;
+  asm volatile("mov.u32 %0, %%nctaid.x;" : "=r"(size));
+  return size;
+}
+
 // The CTAs of a cluster: which one this is, and a barrier among all their threads.
 __device__ __forceinline__ int cluster_rank() {
   u32 rank;
