@@ -83,9 +83,7 @@ def without(row: Row, *features: str) -> None:
 
 def ours(row: Row) -> Callable:
     """jax_flash.attention."""
-    call = functools.partial(
-        jax_flash.attention, causal=row.causal, window_size=window_size(row), softcap=row.softcap
-    )
+    call = functools.partial(jax_flash.attention, causal=row.causal, window_size=window_size(row), softcap=row.softcap)
     return (lambda q, k, v, cu: call(q, k, v, cu_seqlens_q=cu, cu_seqlens_k=cu)) if row.packed else call
 
 

@@ -48,7 +48,9 @@ def table(path: pathlib.Path, only: str = "") -> str:
     if not entries:
         return ""
     libraries = list(dict.fromkeys(name for _, values in entries for name in values))
-    ceilings = [f"{name.split(',')[0]} {rate / 1e12:.3g} T{name.split(', ')[1]}" for name, rate in results["ceilings"].items()]
+    ceilings = [
+        f"{name.split(',')[0]} {rate / 1e12:.3g} T{name.split(', ')[1]}" for name, rate in results["ceilings"].items()
+    ]
     lines = [
         f"{unit} on one {environment['device']}, jax {environment['jax']}, {environment['date']}, commit "
         f"{environment['commit']} (`benchmarks/results/{path.name}`{''.join(f'; {c}' for c in ceilings)}):",
@@ -70,8 +72,8 @@ def _cell(value: float | None, best: float) -> str:
 
 
 def plot(path: pathlib.Path) -> pathlib.Path | None:
-    """TFLOP/s against length, one line a library, one panel for each dtype, mask and head dim; None without such rows."""
-    panels = collections.defaultdict(lambda: collections.defaultdict(dict))
+    """TFLOP/s against length, a line for each library, a panel for each dtype, mask and head dim, if lengths differ."""
+    panels: dict = collections.defaultdict(lambda: collections.defaultdict(dict))
     for entry in json.loads(path.read_text())["rows"]:
         row = row_of(entry["problem"])
         if row.plain:
@@ -88,7 +90,9 @@ def plot(path: pathlib.Path) -> pathlib.Path | None:
         axis = axes[int(causal)][columns.index((dtype, dim))]
         for library, line in lines.items():
             own = library == "jax_flash"
-            axis.plot(*zip(*sorted(line.items()), strict=True), label=library, marker="o", linewidth=2.5 if own else 1.2)
+            axis.plot(
+                *zip(*sorted(line.items()), strict=True), label=library, marker="o", linewidth=2.5 if own else 1.2
+            )
         axis.set_title(f"{dtype}, head dim {dim}, {'causal' if causal else 'full'}", fontsize=10)
         axis.set_xscale("log", base=2)
         axis.set_ylim(bottom=0)

@@ -103,7 +103,8 @@ def packed(dtype: str, lengths: tuple[int, ...], heads: int, head_dim: int, **op
 def grid(dtype: str, head_dims, lengths, causal=(False, True)) -> list[Row]:
     """B S = 16 384 tokens, H D = 2048, as in FlashAttention-3's own benchmark."""
     return [
-        dense(dtype, TOKENS // s, s, 2048 // d, d, causal=c) for d, s, c in itertools.product(head_dims, lengths, causal)
+        dense(dtype, TOKENS // s, s, 2048 // d, d, causal=c)
+        for d, s, c in itertools.product(head_dims, lengths, causal)
     ]
 
 

@@ -50,8 +50,8 @@ XLA_FFI_REGISTER_STRUCT_ATTR_DECODING(jax_flash::LaunchAttributes, StructMember<
                                       StructMember<std::string_view>("entry"),
                                       StructMember<ffi::Span<const int64_t>>("tensor_maps"),
                                       StructMember<int64_t>("max_grid"), StructMember<int64_t>("cluster"),
-                                      StructMember<int64_t>("threads"),
-                                      StructMember<int64_t>("shared_bytes"), StructMember<jax_flash::Params>("params"));
+                                      StructMember<int64_t>("threads"), StructMember<int64_t>("shared_bytes"),
+                                      StructMember<jax_flash::Params>("params"));
 
 namespace jax_flash {
 namespace {

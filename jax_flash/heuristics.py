@@ -8,6 +8,7 @@ from __future__ import annotations
 import functools
 import itertools
 from collections.abc import Iterator
+from typing import Any
 
 from jax_flash.spec import UNBOUNDED, KernelSpec
 
@@ -64,7 +65,7 @@ def ranked(
     **features: bool,
 ) -> list[KernelSpec]:
     """The legal KernelSpecs of a call, the best first; `features` are the remaining flags of KernelSpec."""
-    fixed = {
+    fixed: dict[str, Any] = {
         "element": element,
         "out": out,
         "head_dim": padded_head_dim(head_dim),
@@ -105,7 +106,7 @@ def candidates(fixed: dict, tuned: dict) -> Iterator[KernelSpec]:
         )
 
 
-def kernel_spec(fixed: dict, **choices: int | bool) -> KernelSpec:
+def kernel_spec(fixed: dict, **choices: Any) -> KernelSpec:
     """The KernelSpec with these choices, and what follows from them."""
     producer, consumer = register_split(choices["tile_m"] // 64)
     return KernelSpec(
@@ -123,7 +124,7 @@ def register_split(consumers: int) -> tuple[int, int]:
     return {2: (40, 232), 3: (32, 160)}[consumers]
 
 
-def shared_bytes(fixed: dict, *, tile_m: int, tile_n: int, q_stages: int, stages: int, **_: int | bool) -> int:
+def shared_bytes(fixed: dict, *, tile_m: int, tile_n: int, q_stages: int, stages: int, **_: Any) -> int:
     """Bytes of SharedStorage in kernels/storage.cuh, which checks this number."""
     size = element_bytes(fixed["element"])
     q = tile_m * _up(fixed["head_dim"] * size, _SWIZZLE_BYTES)

@@ -204,7 +204,7 @@ def compile_best(entry: str, specs: list[KernelSpec]) -> tuple[KernelSpec, jit.K
 
 
 def forward_cuda(attention: Attention, operands: Operands, specs: list[KernelSpec] | None = None):
-    """The CUDA forward kernel: out and lse. `specs` are the kernels to choose from, by default those of heuristics.py."""
+    """The CUDA forward kernel: out and lse. `specs` are the kernels to choose from, else those of heuristics.py."""
     register("cuda")
     spec, kernel = compile_best("forward.cu", specs or kernel_specs(attention, operands))
     params = Params.of(attention, operands)

@@ -51,8 +51,8 @@ __device__ __forceinline__ void store_16_bit(const Work& work, const Params& par
 #pragma unroll
     for (int i = 0; i < kWarpRows / 4; ++i) {
       const int read_row = lane / 8 + 4 * i;
-      const uint4 vector = *reinterpret_cast<const uint4*>(stage + read_row * kSwizzleBytes +
-                                                           (lane % 8 ^ read_row % 8) * 16);
+      const uint4 vector =
+          *reinterpret_cast<const uint4*>(stage + read_row * kSwizzleBytes + (lane % 8 ^ read_row % 8) * 16);
       if (row + 4 * i < work.tile.rows && chunk + lane % 8 * 8 < params.head_dim_v) {
         *reinterpret_cast<uint4*>(out + 4 * i * row_elements + chunk) = vector;
       }

@@ -32,7 +32,8 @@ __device__ __forceinline__ void describe(Work& work, const Operands& operands, c
   const int kv_head = head / (opaque(params.heads) / params.kv_heads);
   work.kv_head = kv_head;
   work.scale = __ldg(operands.scale + sequence * params.scale_batch_stride + head * params.scale_head_stride);
-  work.v_scale = __ldg(operands.v_scale + sequence * params.v_scale_batch_stride + kv_head * params.v_scale_head_stride);
+  work.v_scale =
+      __ldg(operands.v_scale + sequence * params.v_scale_batch_stride + kv_head * params.v_scale_head_stride);
   if constexpr (spec::kSinks) work.sink = __ldg(operands.sinks + sequence * params.sinks_batch_stride + head);
 }
 

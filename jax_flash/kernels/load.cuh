@@ -48,8 +48,8 @@ class Loader {
       pipe.empty.wait(q_ring_.phase ^ 1);
       pipe.full.arrive_expect(kQBytes);
       for (int i = 0; i < kQkBlocks; ++i) {
-        tma_load(shared_.q[q_ring_.slot][consumer] + i * kWarpgroupRows * kSwizzleBytes, maps_.q, pipe.full, i * kBlockColumns,
-                 first_row + consumer * kWarpgroupRows, tile.head, tile.q_group);
+        tma_load(shared_.q[q_ring_.slot][consumer] + i * kWarpgroupRows * kSwizzleBytes, maps_.q, pipe.full,
+                 i * kBlockColumns, first_row + consumer * kWarpgroupRows, tile.head, tile.q_group);
       }
     }
     q_ring_.advance();

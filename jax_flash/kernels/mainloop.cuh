@@ -350,7 +350,7 @@ class Consumer {
   Ring<kWorkSlots> work_ring_;
   Ring<spec::kStages> k_ring_;
   Ring<spec::kStages> v_ring_;
-  Work* work_;           // the tile of the scores,
+  Work* work_;                 // the tile of the scores,
   int block_;                  // their block in it,
   int begin_, end_;            // the blocks that this warpgroup's rows see, and of these
   int full_begin_, full_end_;  // the ones that every row sees whole

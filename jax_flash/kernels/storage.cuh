@@ -1,7 +1,8 @@
 // Storage: the tiles of Q, K and V in shared memory, the barriers around them, and what is known of each tile.
 //
 // Rows of 128 bytes, swizzled: Q of each consumer is [column block][64 rows][128 bytes], K and 16-bit V [column block]
-// [kTileN rows][128 bytes]. FP8 V comes transposed, [block of 32 keys][kHeadDimV][32 bytes]: wgmma wants both FP8 operands K-major.
+// [kTileN rows][128 bytes]. FP8 V comes transposed, [block of 32 keys][kHeadDimV][32 bytes]: wgmma wants both FP8
+// operands K-major.
 #pragma once
 
 #include "fragment.cuh"

@@ -11,9 +11,7 @@ namespace jax_flash {
 constexpr int kTileRows = spec::kTileM * spec::kCluster;
 
 // The first of them that is this CTA's.
-__device__ __forceinline__ int cta_first_row() {
-  return spec::kCluster == 1 ? 0 : cluster_rank() * spec::kTileM;
-}
+__device__ __forceinline__ int cta_first_row() { return spec::kCluster == 1 ? 0 : cluster_rank() * spec::kTileM; }
 
 // kTileRows rows of Q of one head.
 struct Tile {
