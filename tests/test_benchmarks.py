@@ -17,7 +17,7 @@ from benchmarks.__main__ import measure
 from benchmarks.libraries import LIBRARIES
 from benchmarks.suites import SUITES, dense, packed
 
-SMALL = dense("float16", 2, 24, 3, 64, causal=True)
+SMALL = dense("bfloat16", 2, 24, 3, 64, causal=True)
 
 
 @pytest.mark.parametrize("causal", [False, True])
