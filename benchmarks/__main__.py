@@ -25,7 +25,7 @@ os.environ.setdefault("XLA_PYTHON_CLIENT_PREALLOCATE", "false")
 import jax
 import numpy as np
 
-from benchmarks import report, tune
+from benchmarks import host, report, tune
 from benchmarks.libraries import LIBRARIES, ceilings, on_gpu, prepare
 from benchmarks.suites import SUITES, Row
 
@@ -110,11 +110,12 @@ def run(name: str) -> None:
 
 
 def main() -> None:
-    """Runs a suite, or searches kernels."""
+    """Runs a suite, measures the host, or searches kernels."""
     parser = argparse.ArgumentParser(prog="python -m benchmarks", description=__doc__)
-    parser.add_argument("suite", choices=[*SUITES, "tune"])
+    parser.add_argument("suite", choices=[*SUITES, "host", "tune"])
     name = parser.parse_args().suite
-    tune.main() if name == "tune" else run(name)
+    other = {"host": host.main, "tune": tune.main}
+    other[name]() if name in other else run(name)
 
 
 if __name__ == "__main__":

@@ -162,11 +162,11 @@ ffi::ErrorOr<std::unique_ptr<LoadedKernel>> Load(LaunchAttributes attributes) {
 constexpr int kMaxMaps = 4;
 constexpr int kMaxPointers = 24;
 
-struct TensorMaps {
+struct MapArguments {
   alignas(64) CUtensorMap maps[kMaxMaps];
 };
 
-struct Pointers {
+struct PointerArguments {
   void* pointers[kMaxPointers];
 };
 
@@ -190,7 +190,7 @@ Status EncodeMap(const TensorMapRecord& record, void* data, CUtensorMap* map) {
 
 Status LaunchKernel(CUstream stream, const LoadedKernel& loaded, ffi::RemainingArgs operands,
                     ffi::RemainingRets results, const LaunchAttributes& attributes) {
-  Pointers pointers = {};
+  PointerArguments pointers = {};
   if (operands.size() + results.size() > kMaxPointers) return Status::InvalidArgument("too many operands and results");
   int count = 0;
   for (size_t i = 0; i < operands.size(); ++i)
@@ -199,7 +199,7 @@ Status LaunchKernel(CUstream stream, const LoadedKernel& loaded, ffi::RemainingA
     pointers.pointers[count++] = (*results.get<ffi::AnyBuffer>(i))->untyped_data();
   }
 
-  TensorMaps maps = {};
+  MapArguments maps = {};
   const size_t map_count = attributes.tensor_maps.size() * sizeof(int64_t) / sizeof(TensorMapRecord);
   if (map_count > kMaxMaps || map_count * sizeof(TensorMapRecord) != attributes.tensor_maps.size() * sizeof(int64_t)) {
     return Status::InvalidArgument("tensor_maps is not a list of records");

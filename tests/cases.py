@@ -50,7 +50,7 @@ class Case:
     """None, "tensor" (), "batch" (B,), "kv_head" (B, Hk) or "head" (B, Hk) with (B, H) for q."""
     seqused_q: tuple[int, ...] | None = None
     seqused_k: tuple[int, ...] | None = None
-    lead: int = 0
+    front: int = 0
     """Rows of no sequence before the first one of a packed side."""
     tail: int = 3
     """Rows of no sequence after the last one of a packed side."""
@@ -109,9 +109,9 @@ class Case:
             rows[count:] = np.nan
         if not packed:
             return np.stack(sequences).astype(dtype), None
-        lead, tail = (np.full((rows, heads, head_dim), np.nan, np.float32) for rows in (self.lead, self.tail))
-        boundaries = np.cumsum([self.lead, *lens]).astype(np.int32)
-        return np.concatenate([lead, *sequences, tail]).astype(dtype), boundaries
+        front, tail = (np.full((rows, heads, head_dim), np.nan, np.float32) for rows in (self.front, self.tail))
+        boundaries = np.cumsum([self.front, *lens]).astype(np.int32)
+        return np.concatenate([front, *sequences, tail]).astype(dtype), boundaries
 
 
 def _drawn(length: int, count: int, seed: int) -> tuple[int, ...]:
@@ -205,7 +205,7 @@ _RAGGED = {"q_lens": (31, 5, 0, 77), "k_lens": (43, 0, 29, 131)}
 _EVEN = {"q_lens": (45, 45, 45, 45), "k_lens": (67, 67, 67, 67)}
 _LAYOUTS = {
     "dense": _EVEN,
-    "packed": {**_RAGGED, "packed_q": True, "packed_k": True, "lead": 4},
+    "packed": {**_RAGGED, "packed_q": True, "packed_k": True, "front": 4},
     "packed-q": {"q_lens": _RAGGED["q_lens"], "k_lens": _EVEN["k_lens"], "packed_q": True},
     "packed-k": {"q_lens": _EVEN["q_lens"], "k_lens": _RAGGED["k_lens"], "packed_k": True},
 }
@@ -250,7 +250,7 @@ FEATURES = [
 _LONG = {
     "dense": {"q_lens": (301, 301), "k_lens": (620, 620), "seqused_q": (300, 170), "seqused_k": (403, 620)},
     "packed": {
-        **{"q_lens": (280, 0, 131), "k_lens": (590, 43, 700), "packed_q": True, "packed_k": True, "lead": 5},
+        **{"q_lens": (280, 0, 131), "k_lens": (590, 43, 700), "packed_q": True, "packed_k": True, "front": 5},
         **{"seqused_q": (270, 9, 131), "seqused_k": (401, 30, 699)},
     },
 }

@@ -21,7 +21,7 @@ PACKED = {
     "q_lens": (20, 131, 0, 13),
     "k_lens": (17, 140, 5, 0),
     "tail": 5,
-    "lead": 2,
+    "front": 2,
 }
 CASES = [
     Case(id="dense", head_dim=128, causal=True, q_lens=(150, 150), k_lens=(190, 190)),

@@ -22,9 +22,9 @@ SMALL = [case for case in FEATURES if case.dtype == "float32"] + [
     Case(id=f"{layout}-{feature}", dtype=dtype, heads=4, head_dim=24, head_dim_v=16, **shape, **options)
     for layout, shape in {
         "dense": {"q_lens": (9, 9, 9), "k_lens": (14, 14, 14)},
-        "packed": {"q_lens": (9, 0, 13), "k_lens": (14, 5, 0), "packed_q": True, "packed_k": True, "lead": 2},
+        "packed": {"q_lens": (9, 0, 13), "k_lens": (14, 5, 0), "packed_q": True, "packed_k": True, "front": 2},
         "packed-q": {"q_lens": (9, 3, 13), "k_lens": (14, 14, 14), "packed_q": True},
-        "packed-k": {"q_lens": (9, 9, 9), "k_lens": (14, 0, 3), "packed_k": True, "lead": 5},
+        "packed-k": {"q_lens": (9, 9, 9), "k_lens": (14, 0, 3), "packed_k": True, "front": 5},
     }.items()
     for feature, dtype, options in (
         ("window", "float32", {"window_size": (4, 2), "seqused_q": (5, 2, 9), "seqused_k": (10, 20, 1)}),
@@ -159,7 +159,7 @@ def test_the_call_has_the_arguments_and_defaults_of_attention():
 
 
 def test_sequence_index():
-    case = Case(id="i", packed_q=True, q_lens=(3, 0, 2), k_lens=(4, 4, 4), lead=1, tail=2, seqused_k=(2, 9, 0))
+    case = Case(id="i", packed_q=True, q_lens=(3, 0, 2), k_lens=(4, 4, 4), front=1, tail=2, seqused_k=(2, 9, 0))
     _, operands = canonical.canonical(Call(**case.arguments()))
     q_index, k_index = reference.sequence_index(operands)
     assert q_index.tolist() == [[-1, 0, 0, 0, 2, 2, -1, -1]]
