@@ -30,6 +30,7 @@ CHOICES: dict[str, tuple[int | bool, ...]] = {
     "q_stages": (1, 2),
     "stages": (2, 3, 4),
     "ping_pong": (True, False),
+    "late_store": (False, True),
     "rescale_threshold": (0, 8),
     "integer_max": (False, True),
     "cluster": (1, 2),

@@ -21,9 +21,6 @@ HEAD_DIMS = (64, 96, 128, 192, 256)
 _SWIZZLE_BYTES = 128
 """A row of Q, K or 16-bit V in shared memory takes a multiple of this."""
 
-_WORK_BYTES = 4 * 96
-"""Four descriptions of a tile."""
-
 _BASE_REGISTERS = {2: 36, 3: 32}
 """What a consumer thread takes besides output, scores, P and product, by consumers of a CTA: found by compiling."""
 _FEATURE_REGISTERS = {"window_left": 4, "softcap": 11}
@@ -99,6 +96,7 @@ def candidates(fixed: dict, tuned: dict) -> Iterator[KernelSpec]:
             q_stages=q_stages,
             stages=stages,
             ping_pong=tuned.get("ping_pong", True),
+            late_store=tuned.get("late_store", False),
             # Exponents of e4m3 have no room for a maximum that lags behind.
             rescale_threshold=tuned.get("rescale_threshold", 0 if is_fp8 else 8),
             integer_max=tuned.get("integer_max", False),
@@ -124,15 +122,16 @@ def register_split(consumers: int) -> tuple[int, int]:
     return {2: (40, 232), 3: (32, 160)}[consumers]
 
 
-def shared_bytes(fixed: dict, *, tile_m: int, tile_n: int, q_stages: int, stages: int, **_: Any) -> int:
+def shared_bytes(fixed: dict, *, tile_m: int, tile_n: int, q_stages: int, stages: int, cluster: int, **_: Any) -> int:
     """Bytes of SharedStorage in kernels/storage.cuh, which checks this number."""
     size = element_bytes(fixed["element"])
     q = tile_m * _up(fixed["head_dim"] * size, _SWIZZLE_BYTES)
     k = tile_n * _up(fixed["head_dim"] * size, _SWIZZLE_BYTES)
     v = tile_n * (fixed["head_dim_v"] if size == 1 else _up(fixed["head_dim_v"] * size, _SWIZZLE_BYTES))
     out = tile_m * _SWIZZLE_BYTES
-    barriers = 16 * (q_stages * tile_m // 64 + 2 * stages)
-    return _up(q_stages * q + stages * (k + v) + out + barriers + _WORK_BYTES, 1024)
+    barriers = 16 * (q_stages * tile_m // 64 + 2 * stages) + 8 * stages
+    work = 4 * (96 + 16 * cluster * tile_m // 64)
+    return _up(q_stages * q + stages * (k + v) + out + barriers + work, 1024)
 
 
 def _up(number: int, multiple: int) -> int:

@@ -191,6 +191,8 @@ class KernelSpec:
     """Buffers for K, and as many for V."""
     ping_pong: bool
     """Whether consumer warpgroups take turns to issue their products."""
+    late_store: bool
+    """Whether the rows of a tile are stored between the scores and the values of the next tile's second block."""
     rescale_threshold: int
     """The output is rescaled when a row's maximum has grown by more than this factor, in log2; 0: at every step."""
     integer_max: bool

@@ -1,18 +1,21 @@
 // Clear: what the values of unused keys hold, NaN perhaps, must not meet the tensor cores.
 #pragma once
 
+#include "hopper/barrier.cuh"
 #include "hopper/types.cuh"
+#include "hopper/warp.cuh"
 #include "spec.h"
 #include "storage.cuh"
+#include "tile.cuh"
 
 namespace jax_flash {
 
 // Zeroes the values of keys outside [first, last) of a block in shared memory: their probability is 0, but 0 * NaN is
-// NaN, and they may belong to another sequence. The consumers share the work; `thread` is one of kConsumerThreads.
-__device__ __forceinline__ void clear_values(u8* v, int first, int last, int thread) {
+// NaN, and they may belong to another sequence. One warp does it.
+__device__ __forceinline__ void clear_values(u8* v, int first, int last) {
   if constexpr (kFp8) {
     // 16 bytes hold 16 keys of one column, word q the keys 2q, 2q + 1, 2q + 8, 2q + 9; swizzling swaps whole halves.
-    for (int i = thread; i < kVBytes / 16; i += kConsumerThreads) {
+    for (int i = lane_index(); i < kVBytes / 16; i += kWarpSize) {
       const int half = i % 2 ^ i / 8 % 2;
       const int key = i / (2 * spec::kHeadDimV) * kVKeyBlock + half * 16;
       if (key >= first && key + 16 <= last) continue;
@@ -29,11 +32,49 @@ __device__ __forceinline__ void clear_values(u8* v, int first, int last, int thr
   } else {
     // Swizzling stays within a row, and a row is one key.
     constexpr int kVectors = kSwizzleBytes / 16;
-    for (int i = thread; i < kVBytes / 16; i += kConsumerThreads) {
+    for (int i = lane_index(); i < kVBytes / 16; i += kWarpSize) {
       const int key = i / kVectors % spec::kTileN;
       if (key < first || key >= last) reinterpret_cast<uint4*>(v)[i] = uint4{0, 0, 0, 0};
     }
   }
 }
+
+// The warp that clears blocks at the edge, between the loader, whose bytes it waits for, and the consumers.
+class Clearer {
+ public:
+  __device__ __forceinline__ explicit Clearer(SharedStorage& shared) : shared_(shared) {}
+
+  __device__ __forceinline__ void run() {
+    while (true) {
+      Work& work = shared_.work[work_ring_.slot()];
+      work.pipe.full.wait(work_ring_.phase());
+      if (work.tile.rows == 0) return;
+#pragma unroll 1
+      for (int block = work.blocks.end - 1; block >= work.blocks.begin; --block) {
+        if (at_edge(work.tile, block)) clear(work.tile, block);
+        ring_.advance();
+      }
+      work.pipe.release();
+      work_ring_.advance();
+    }
+  }
+
+ private:
+  __device__ __forceinline__ void clear(const Tile& tile, int block) {
+    const int slot = ring_.slot();
+    shared_.v_landed[slot].wait(phases_ >> slot & 1);
+    phases_ ^= 1 << slot;
+    const int first = lead(tile) - block * spec::kTileN;
+    clear_values(shared_.v[slot], first, first + tile.kv_len);
+    fence_shared_for_async();
+    __syncwarp();
+    if (lane_index() == 0) shared_.v_pipe[slot].full.arrive();
+  }
+
+  SharedStorage& shared_;
+  Ring<kWorkSlots> work_ring_;
+  Ring<spec::kStages> ring_;
+  u32 phases_ = 0;  // of each stage's v_landed, a bit
+};
 
 }  // namespace jax_flash

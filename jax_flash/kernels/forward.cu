@@ -1,5 +1,6 @@
 // Forward attention on compute capability 9.0. One CTA per SM walks over tiles of kTileM query rows of one head: the
 // first warpgroup loads Q, K and V by TMA, each further one computes 64 of the rows.
+#include "clear.cuh"
 #include "epilogue.cuh"
 #include "fragment.cuh"
 #include "hopper/barrier.cuh"
@@ -43,22 +44,27 @@ __device__ __forceinline__ void find_tiles(SharedStorage& shared, const Operands
   Schedule schedule(operands, params);
   bool more = true;
   while (more) {
-    Work& work = shared.work[ring.slot];
-    work.pipe.empty.wait(ring.phase ^ 1);
+    Work& work = shared.work[ring.slot()];
+    work.pipe.empty.wait(ring.phase() ^ 1);
     more = schedule.next(work.tile);
-    KeyRange range{};
-    if (more) range = key_range(work.tile, params, 0, kTileRows);
+    Blocks blocks{};
+    if (more) blocks = visible_blocks(work.tile, params, 0, kTileRows);
+    if (!blocks.empty() && lane_index() < spec::kCluster * kConsumers) {
+      const int first_row = lane_index() * kWarpgroupRows;
+      work.of_warpgroup[lane_index()] = visible_blocks(work.tile, params, first_row, kWarpgroupRows);
+    }
+    __syncwarp();
     if (lane_index() == 0) {
       if (more) {
         describe(work, operands, params);
       } else {
         work.tile.rows = 0;
       }
-      work.range = range;
-      if (!more || !range.empty()) work.pipe.full.arrive();
+      work.blocks = blocks;
+      if (!more || !blocks.empty()) work.pipe.full.arrive();
     }
     __syncwarp();
-    if (range.empty()) {
+    if (blocks.empty()) {
       store_blind_rows(work, params, operands, cta_first_row(), spec::kTileM);
       __syncwarp();
     } else {
@@ -91,6 +97,7 @@ extern "C" __global__ void __launch_bounds__(kThreads, 1)
     shrink_registers<spec::kProducerRegisters>();
     if (warp == 0 && lane_index() == 0) Loader(shared, maps).run();
     if (warp == 1) find_tiles(shared, operands, params);
+    if (kClears && warp == 2) Clearer(shared).run();
   } else {
     grow_registers<spec::kConsumerRegisters>();
     Consumer(shared, operands, params, warpgroup - 1).run();

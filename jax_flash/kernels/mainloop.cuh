@@ -6,7 +6,6 @@
 // that one's softmax, and its stores at the end of a tile, meet the other's products.
 #pragma once
 
-#include "clear.cuh"
 #include "epilogue.cuh"
 #include "fragment.cuh"
 #include "hopper/barrier.cuh"
@@ -23,10 +22,9 @@
 
 namespace jax_flash {
 
-// Named barriers of a CTA; 0 is __syncthreads. Of turns and of warpgroups there is one for each consumer.
+// Named barriers of a CTA, one for each consumer; 0 is __syncthreads.
 constexpr int kTurnBarrier = 1;
 constexpr int kWarpgroupBarrier = kTurnBarrier + kConsumers;
-constexpr int kConsumerBarrier = kWarpgroupBarrier + kConsumers;
 
 // k steps of wgmma are 32 bytes in either type.
 constexpr int kStepBytes = 32;
@@ -48,11 +46,7 @@ class Consumer {
  public:
   __device__ __forceinline__ Consumer(SharedStorage& shared, const Operands& operands, const Params& params,
                                       int warpgroup)
-      : shared_(shared),
-        operands_(operands),
-        params_(params),
-        warpgroup_(warpgroup),
-        first_row_(cta_first_row() + warpgroup * kWarpgroupRows) {
+      : shared_(shared), operands_(operands), params_(params), warpgroup_(warpgroup) {
     q_descriptor_ = descriptor_low(shared.q[0][warpgroup], 16);
     k_descriptor_ = descriptor_low(shared.k, 16);
     v_descriptor_ = descriptor_low(shared.v, kVLeadingBytes);
@@ -65,69 +59,68 @@ class Consumer {
     Probabilities<spec::Element, spec::kTileN> p;
     Output o;
     float rescale[kRowsPerThread];
+    clear(o);
     bool more = take();
     while (more) {
       if (end_ <= begin_) {
-        skip(*work_, work_->range.end, work_->range.begin);
+        skip(work_->blocks.end - work_->blocks.begin);
         store_blind();
         work_->pipe.release();
         more = take();
         continue;
       }
-      skip(*work_, work_->range.end, end_);
+      skip(work_->blocks.end - end_);
       Softmax softmax(work_->scale, params_);
       begin_scores(s);
       end_turn();
       finish_scores<0>(s);
       probabilities<true>(s, softmax, rescale);
       p.pack(s);
-      clear(o);
 
       while (true) {
         other_blocks(s, p, o, softmax, rescale);
         Work& work = *work_;
         const Softmax finished = softmax;
-        const int begin = begin_;
-        const int trailing = begin - work.range.begin;
+        const int trailing = begin_ - work.blocks.begin;
         more = take();
-        const int leading = work_->range.end - end_;
+        const int leading = work_->blocks.end - end_;
         // The loader waits for the values of this tile's last block before it loads the keys of two more.
         const bool joined = more && begin_ < end_ && trailing + leading <= 1;
-        if (joined) {
-          softmax = Softmax(work_->scale, params_);
-          if (trailing + leading > 0) skip_keys();
-          step<true>(s, p, o, softmax, rescale);
-          if (trailing > 0) skip_values(work, begin - 1);
-          if (leading > 0) skip_values(*work_, end_);
-        } else {
-          shared_.v_pipe[v_ring_.slot].full.wait(v_ring_.phase);
+        if (!joined) {
+          shared_.v_pipe[v_ring_.slot()].full.wait(v_ring_.phase());
           values(p, o, rescale, [] {});
-          skip(work, begin, work.range.begin);
+          skip(trailing);
+          store(work, finished, o);
+          break;
         }
-        store(work, finished, o);
-        work.pipe.release();
-        if (!joined) break;
-        clear(o);
+        softmax = Softmax(work_->scale, params_);
+        if (trailing + leading > 0) skip_keys();
+        step<true>(s, p, o, softmax, rescale);
+        if (trailing + leading > 0) skip_values();
+        if (spec::kLateStore && block_ > begin_) {
+          --block_;
+          step<true>(s, p, o, softmax, rescale, [&] { store(work, finished, o); });
+        } else {
+          store(work, finished, o);
+        }
       }
     }
   }
 
  private:
-  // Waits for the next tile and its rows of Q, and finds the blocks that this warpgroup's rows see; false when there is
-  // none.
+  // Waits for the next tile and its rows of Q; false when there is none.
   __device__ __forceinline__ bool take() {
-    work_ = &shared_.work[work_ring_.slot];
-    work_->pipe.full.wait(work_ring_.phase);
+    work_ = &shared_.work[work_ring_.slot()];
+    work_->pipe.full.wait(work_ring_.phase());
     work_ring_.advance();
-    const Tile& tile = work_->tile;
-    if (uniform(tile.rows) == 0) return false;
-    const KeyRange range = key_range(tile, params_, first_row_, kWarpgroupRows);
-    begin_ = uniform(range.begin);
-    end_ = uniform(range.end);
-    full_begin_ = uniform(range.full_begin);
-    full_end_ = uniform(range.full_end);
+    if (uniform(work_->tile.rows) == 0) return false;
+    const Blocks& blocks = work_->of_warpgroup[first_row() / kWarpgroupRows];
+    begin_ = uniform(blocks.begin);
+    end_ = uniform(blocks.end);
+    full_begin_ = uniform(blocks.full_begin);
+    full_end_ = uniform(blocks.full_end);
     block_ = end_ - 1;
-    shared_.q_pipe[q_ring_.slot][warpgroup_].full.wait(q_ring_.phase);
+    shared_.q_pipe[q_ring_.slot()][warpgroup_].full.wait(q_ring_.phase());
     if (end_ <= begin_) {
       release_q();
     } else if (work_->scale < 0.0f) {
@@ -137,14 +130,13 @@ class Consumer {
   }
 
   __device__ __forceinline__ void release_q() {
-    shared_.q_pipe[q_ring_.slot][warpgroup_].release();
+    shared_.q_pipe[q_ring_.slot()][warpgroup_].release();
     q_ring_.advance();
   }
 
-  // All blocks of a tile but the first that is multiplied, which is the last one in memory.
+  // The blocks of a tile that are left, down to the first one in memory.
   __device__ __forceinline__ void other_blocks(Scores& s, Probabilities<spec::Element, spec::kTileN>& p, Output& o,
                                                Softmax& softmax, float (&rescale)[kRowsPerThread]) {
-    clear_edge(*work_, block_);
     while (block_ > max(full_end_, begin_)) {
       --block_;
       step<true>(s, p, o, softmax, rescale);
@@ -159,16 +151,16 @@ class Consumer {
         step<true>(s, p, o, softmax, rescale);
       }
     }
-    if (end_ - begin_ > 1) clear_edge(*work_, begin_);
   }
 
-  // Scores of a block, and values of the block before.
-  template <bool kMasked>
+  // Scores of a block, and values of the block before; `between` them what need not wait for either.
+  template <bool kMasked, typename... Between>
   __device__ __forceinline__ void step(Scores& s, Probabilities<spec::Element, spec::kTileN>& p, Output& o,
-                                       Softmax& softmax, float (&rescale)[kRowsPerThread]) {
+                                       Softmax& softmax, float (&rescale)[kRowsPerThread], Between... between) {
     float next_rescale[kRowsPerThread];
     begin_scores(s);
-    shared_.v_pipe[v_ring_.slot].full.wait(v_ring_.phase);
+    (between(), ...);
+    shared_.v_pipe[v_ring_.slot()].full.wait(v_ring_.phase());
     values(p, o, rescale, [&] {
       end_turn();
       finish_scores<1>(s);
@@ -189,32 +181,31 @@ class Consumer {
     if constexpr (spec::kPingPong) named_arrive(kTurnBarrier + (warpgroup_ + 1) % kConsumers, 2 * kWarpgroupSize);
   }
 
-  // Blocks that other warpgroups' rows see: from `end` down to `begin`.
-  __device__ __forceinline__ void skip(const Work& work, int end, int begin) {
+  // Blocks that only other warpgroups' rows see.
+  __device__ __forceinline__ void skip(int count) {
 #pragma unroll 1
-    for (int block = end - 1; block >= begin; --block) {
+    for (; count > 0; --count) {
       skip_keys();
-      skip_values(work, block);
+      skip_values();
     }
   }
 
   __device__ __forceinline__ void skip_keys() {
-    shared_.k_pipe[k_ring_.slot].full.wait(k_ring_.phase);
+    shared_.k_pipe[k_ring_.slot()].full.wait(k_ring_.phase());
     begin_turn();
     end_turn();
-    shared_.k_pipe[k_ring_.slot].release_to_cluster();
+    shared_.k_pipe[k_ring_.slot()].release_to_cluster();
     k_ring_.advance();
   }
 
-  __device__ __forceinline__ void skip_values(const Work& work, int block) {
-    shared_.v_pipe[v_ring_.slot].full.wait(v_ring_.phase);
-    clear_edge(work, block);
-    shared_.v_pipe[v_ring_.slot].release_to_cluster();
+  __device__ __forceinline__ void skip_values() {
+    shared_.v_pipe[v_ring_.slot()].full.wait(v_ring_.phase());
+    shared_.v_pipe[v_ring_.slot()].release_to_cluster();
     v_ring_.advance();
   }
 
   __device__ __forceinline__ void begin_scores(Scores& s) {
-    shared_.k_pipe[k_ring_.slot].full.wait(k_ring_.phase);
+    shared_.k_pipe[k_ring_.slot()].full.wait(k_ring_.phase());
     begin_turn();
     wgmma_fence();
     issue_scores(s);
@@ -222,8 +213,8 @@ class Consumer {
   }
 
   __device__ __forceinline__ void issue_scores(Scores& s) {
-    const u32 q = advance(q_descriptor_, q_ring_.slot * static_cast<int>(sizeof(shared_.q[0])));
-    const u32 k = advance(k_descriptor_, k_ring_.slot * kKBytes);
+    const u32 q = advance(q_descriptor_, q_ring_.slot() * static_cast<int>(sizeof(shared_.q[0])));
+    const u32 k = advance(k_descriptor_, k_ring_.slot() * kKBytes);
 #pragma unroll
     for (int i = 0; i < kQkSteps; ++i) {
       const int block = i / kStepsPerBlock;
@@ -237,7 +228,7 @@ class Consumer {
   __device__ __forceinline__ void finish_scores(Scores& s) {
     wgmma_wait<kPending>();
     fence_registers(s);
-    shared_.k_pipe[k_ring_.slot].release_to_cluster();
+    shared_.k_pipe[k_ring_.slot()].release_to_cluster();
     k_ring_.advance();
     if (block_ == begin_) release_q();
   }
@@ -247,7 +238,7 @@ class Consumer {
     const Work& work = *work_;
     if constexpr (spec::kSoftcap) cap_scores(s, fabsf(work.scale) / params_.softcap);
     if (kMasked && (block_ < full_begin_ || block_ >= full_end_)) {
-      mask<spec::kTileN>(s, work.tile, work.range, params_, first_row_, block_);
+      mask<spec::kTileN>(s, work.tile, params_, first_row(), block_);
     }
     softmax.update(s, rescale);
   }
@@ -256,7 +247,7 @@ class Consumer {
   template <typename Meanwhile>
   __device__ __forceinline__ void values(const Probabilities<spec::Element, spec::kTileN>& p, Output& o,
                                          const float (&rescale)[kRowsPerThread], Meanwhile meanwhile) {
-    const u32 v = advance(v_descriptor_, v_ring_.slot * kVBytes);
+    const u32 v = advance(v_descriptor_, v_ring_.slot() * kVBytes);
     if constexpr (kFp8) {
 #pragma unroll
       for (int piece = 0; piece < kPieces; ++piece) {
@@ -282,7 +273,7 @@ class Consumer {
       wgmma_wait<0>();
       fence_registers(o[0]);
     }
-    shared_.v_pipe[v_ring_.slot].release_to_cluster();
+    shared_.v_pipe[v_ring_.slot()].release_to_cluster();
     v_ring_.advance();
   }
 
@@ -302,36 +293,29 @@ class Consumer {
     }
   }
 
+  // The first row of a tile that is this warpgroup's.
+  __device__ __forceinline__ int first_row() const { return cta_first_row() + warpgroup_ * kWarpgroupRows; }
+
   // Its number among the warps of this warpgroup.
   __device__ __forceinline__ int warp() const { return threadIdx.x % kWarpgroupSize / kWarpSize; }
 
-  __device__ __forceinline__ void store(const Work& work, const Softmax& softmax, Output& o) {
-    store_rows(work, params_, operands_, first_row_ + warp() * kWarpRows, softmax, o,
+  // Ends a tile: stores its rows and begins anew.
+  __device__ __forceinline__ void store(Work& work, const Softmax& softmax, Output& o) {
+    store_rows(work, params_, operands_, first_row() + warp() * kWarpRows, softmax, o,
                shared_.out[warpgroup_ * (kWarpgroupSize / kWarpSize) + warp()]);
+    work.pipe.release();
+    clear(o);
   }
 
   // This warpgroup's rows of a tile of which they see nothing.
   __device__ __forceinline__ void store_blind() {
-    store_blind_rows(*work_, params_, operands_, first_row_ + warp() * kWarpRows, kWarpRows);
-  }
-
-  // Where rows around the used keys may hold anything: zeroes their values in a block at the edge. All consumers meet.
-  __device__ __forceinline__ void clear_edge(const Work& work, int block) {
-    if constexpr (spec::kPackedK || spec::kSequsedK) {
-      const int first = work.range.lead - block * spec::kTileN;
-      const int last = first + work.tile.kv_len;
-      if (first <= 0 && last >= spec::kTileN) return;
-      shared_.v_pipe[v_ring_.slot].full.wait(v_ring_.phase);
-      clear_values(shared_.v[v_ring_.slot], first, last, warpgroup_ * kWarpgroupSize + threadIdx.x % kWarpgroupSize);
-      fence_shared_for_async();
-      named_sync(kConsumerBarrier, kConsumerThreads);
-    }
+    store_blind_rows(*work_, params_, operands_, first_row() + warp() * kWarpRows, kWarpRows);
   }
 
   // A negative scale would make the largest score the smallest: the scores of -Q with its absolute value are the same.
   __device__ __forceinline__ void negate_q() {
     constexpr u32 kSigns = kFp8 ? 0x80808080u : 0x80008000u;
-    u32* words = reinterpret_cast<u32*>(shared_.q[q_ring_.slot][warpgroup_]);
+    u32* words = reinterpret_cast<u32*>(shared_.q[q_ring_.slot()][warpgroup_]);
 #pragma unroll 1
     for (int i = threadIdx.x % kWarpgroupSize; i < kQBytes / 4; i += kWarpgroupSize) words[i] ^= kSigns;
     fence_shared_for_async();
@@ -342,7 +326,6 @@ class Consumer {
   const Operands& operands_;
   const Params& params_;
   int warpgroup_;
-  int first_row_;  // of a tile that is this warpgroup's
   u32 q_descriptor_;
   u32 k_descriptor_;
   u32 v_descriptor_;

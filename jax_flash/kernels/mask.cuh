@@ -10,13 +10,13 @@
 namespace jax_flash {
 
 template <int kColumns>
-__device__ __forceinline__ void mask(float (&s)[kColumns / 2], const Tile& tile, const KeyRange& range,
-                                     const Params& params, int first_row, int block) {
+__device__ __forceinline__ void mask(float (&s)[kColumns / 2], const Tile& tile, const Params& params, int first_row,
+                                     int block) {
 #pragma unroll
   for (int r = 0; r < kRowsPerThread; ++r) {
     const int q_index = tile.q_index + first_row + fragment_row(r);
     // Columns of this block that the row sees, relative to the thread's own first column.
-    const int shift = range.lead - block * kColumns - fragment_column(0);
+    const int shift = lead(tile) - block * kColumns - fragment_column(0);
     const int first = first_key(tile, params, q_index) + shift;
     const int last = last_key(tile, params, q_index) + shift;
 #pragma unroll

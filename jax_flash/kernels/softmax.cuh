@@ -100,10 +100,10 @@ struct Softmax {
         const bool seen = reference != -kInfinity || sum != 0.0f;  // NaN is not 0
         const float weight = seen ? exp2_approx(largest - reference) : 0.0f;
         const float total = seen ? sum * weight + exp2_approx(sink * kLog2E - reference) : 1.0f;
-        factor[r] = weight / total;
+        factor[r] = weight * reciprocal_approx(total);
         lse[r] = seen ? (reference + log2_approx(total)) * kLn2 : -kInfinity;
       } else {
-        factor[r] = sum == 0.0f ? 0.0f : 1.0f / sum;
+        factor[r] = sum == 0.0f ? 0.0f : reciprocal_approx(sum);
         lse[r] = sum == 0.0f ? -kInfinity : (largest + log2_approx(sum)) * kLn2;
       }
     }

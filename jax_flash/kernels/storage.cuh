@@ -56,15 +56,19 @@ struct Pipe {
   }
 };
 
+// Whether rows around the used keys may hold anything.
+constexpr bool kClears = spec::kPackedK || spec::kSequsedK;
+
 // What the scheduler tells of a tile, until all consumers have stored its rows. No rows end the work.
 struct Work {
   Pipe pipe;
   Tile tile;
-  KeyRange range;
   int kv_head;
   float scale;
   float v_scale;
   float sink;
+  Blocks blocks;                                     // that some row sees,
+  Blocks of_warpgroup[spec::kCluster * kConsumers];  // and that 64 of the rows see, those of one consumer
 };
 
 // One whose rows are stored, one whose scores are computed, one to come and one that is being found.
@@ -82,10 +86,11 @@ struct alignas(1024) SharedStorage {
   Pipe q_pipe[spec::kQStages][kConsumers];
   Pipe k_pipe[spec::kStages];
   Pipe v_pipe[spec::kStages];
+  Barrier v_landed[spec::kStages];  // instead of `full`, where unused values must be cleared first
   Work work[kWorkSlots];
 
   __device__ __forceinline__ void init() {
-    for (int slot = 0; slot < kWorkSlots; ++slot) work[slot].pipe.init(kConsumerWarps);
+    for (int slot = 0; slot < kWorkSlots; ++slot) work[slot].pipe.init(kConsumerWarps + kClears);
     for (int stage = 0; stage < spec::kQStages; ++stage) {
       for (int consumer = 0; consumer < kConsumers; ++consumer) {
         q_pipe[stage][consumer].init(kWarpgroupSize / kWarpSize);
@@ -94,6 +99,7 @@ struct alignas(1024) SharedStorage {
     for (int stage = 0; stage < spec::kStages; ++stage) {
       k_pipe[stage].init(spec::kCluster * kConsumerWarps);
       v_pipe[stage].init(spec::kCluster * kConsumerWarps);
+      v_landed[stage].init(1);
     }
   }
 };

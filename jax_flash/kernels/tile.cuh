@@ -27,11 +27,9 @@ struct Tile {
   int kv_len;    // and how many of them are used
 };
 
-// The keys that some rows see, as blocks of kTileN, counted from `origin_row`.
-struct KeyRange {
-  int origin_row;            // in the group
-  int lead;                  // keys between the origin and the sequence's first key; they are masked
-  int begin, end;            // blocks that some row sees
+// The keys that some rows see, as blocks of kTileN; the first begins `lead` rows above the sequence.
+struct alignas(16) Blocks {
+  int begin, end;
   int full_begin, full_end;  // of these, the ones that every row sees whole
 
   __device__ __forceinline__ bool empty() const { return begin >= end; }
@@ -49,23 +47,31 @@ __device__ __forceinline__ int last_key(const Tile& tile, const Params& params, 
   return min(tile.kv_len, q_index + tile.kv_len - tile.q_len + params.window_right + 1);
 }
 
-// The keys that `rows` rows of a tile see, from `first_row` on.
-__device__ __forceinline__ KeyRange key_range(const Tile& tile, const Params& params, int first_row, int rows) {
-  KeyRange range{};
+// Rows before the sequence's first key with which blocks begin; they are masked. Transposed FP8 values keep 16 keys in
+// the order of P's registers, so their blocks begin at multiples of 16 rows.
+__device__ __forceinline__ int lead(const Tile& tile) {
+  return spec::kKeyAlignment > 1 ? tile.kv_row % spec::kKeyAlignment : 0;
+}
+
+// Whether a block of a tile has rows around the sequence's used keys.
+__device__ __forceinline__ bool at_edge(const Tile& tile, int block) {
+  const int first = lead(tile) - block * spec::kTileN;
+  return first > 0 || first + tile.kv_len < spec::kTileN;
+}
+
+// The blocks that `rows` rows of a tile see, from `first_row` on.
+__device__ __forceinline__ Blocks visible_blocks(const Tile& tile, const Params& params, int first_row, int rows) {
   const int top = tile.q_index + first_row;
   const int bottom = min(top + rows, min(tile.q_index + tile.rows, tile.q_len)) - 1;
-  const int last = last_key(tile, params, bottom);
   const int first = first_key(tile, params, top);
-  if (bottom < top || last <= first) return range;
-  // Transposed FP8 values keep 16 keys in the order of P's registers, so their blocks begin at multiples of 16 rows.
-  if constexpr (spec::kKeyAlignment > 1) range.lead = tile.kv_row % spec::kKeyAlignment;
-  range.origin_row = tile.kv_row - range.lead;
-  range.begin = (first + range.lead) / spec::kTileN;
-  range.end = (last + range.lead + spec::kTileN - 1) / spec::kTileN;
-  const int whole_from = first_key(tile, params, bottom) + range.lead;
-  range.full_begin = (whole_from + spec::kTileN - 1) / spec::kTileN;
-  range.full_end = max(0, last_key(tile, params, top) + range.lead) / spec::kTileN;
-  return range;
+  const int last = last_key(tile, params, bottom);
+  Blocks blocks{};
+  if (bottom < top || last <= first) return blocks;
+  blocks.begin = (first + lead(tile)) / spec::kTileN;
+  blocks.end = (last + lead(tile) + spec::kTileN - 1) / spec::kTileN;
+  blocks.full_begin = (first_key(tile, params, bottom) + lead(tile) + spec::kTileN - 1) / spec::kTileN;
+  blocks.full_end = max(0, last_key(tile, params, top) + lead(tile)) / spec::kTileN;
+  return blocks;
 }
 
 }  // namespace jax_flash

@@ -68,17 +68,16 @@ __device__ __forceinline__ void named_arrive(int barrier, int threads) {
   asm volatile("bar.arrive %0, %1;" ::"r"(barrier), "r"(threads) : "memory");
 }
 
-// A ring of kStages buffers between one producer and its consumers: slot and phase of the next step.
+// A ring of kStages buffers between one producer and its consumers: slot and phase of the next step, in one register.
 template <int kStages>
 struct Ring {
-  int slot = 0;
-  u32 phase = 0;
+  int step = 0;
+
+  __device__ __forceinline__ int slot() const { return step < kStages ? step : step - kStages; }
+  __device__ __forceinline__ u32 phase() const { return step < kStages ? 0 : 1; }
 
   __device__ __forceinline__ void advance() {
-    if (++slot == kStages) {
-      slot = 0;
-      phase ^= 1;
-    }
+    if (++step == 2 * kStages) step = 0;
   }
 };
 
