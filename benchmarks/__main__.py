@@ -28,6 +28,7 @@ import numpy as np
 from benchmarks import host, report, tune
 from benchmarks.libraries import LIBRARIES, ceilings, on_gpu, prepare
 from benchmarks.suites import SUITES, Row
+from jax_flash import heuristics
 
 ROUNDS = 3
 PAUSE = 0.1
@@ -113,9 +114,14 @@ def main() -> None:
     """Runs a suite, measures the host, or searches kernels."""
     parser = argparse.ArgumentParser(prog="python -m benchmarks", description=__doc__)
     parser.add_argument("suite", choices=[*SUITES, "host", "tune"])
-    name = parser.parse_args().suite
-    other = {"host": host.main, "tune": tune.main}
-    other[name]() if name in other else run(name)
+    parser.add_argument("head_dims", nargs="*", type=int, default=heuristics.HEAD_DIMS, help="for tune alone")
+    arguments = parser.parse_args()
+    if arguments.suite == "tune":
+        tune.main(arguments.head_dims)
+    elif arguments.suite == "host":
+        host.main()
+    else:
+        run(arguments.suite)
 
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-"""python -m benchmarks tune: searches the fastest kernels on this GPU and prints the table heuristics.TUNED.
+"""python -m benchmarks tune [HEAD_DIM ...]: searches the fastest kernels on this GPU and prints heuristics.TUNED.
 
 From the choices that the table holds now, one field at a time takes each of its values; the fastest by more than the
 noise is kept, and the next field follows, until a whole round changes nothing.
@@ -106,12 +106,12 @@ def search(rows: Sequence[Row], choices: dict) -> dict:
     return choices
 
 
-def main() -> None:
-    """Searches every head dim, full and causal, in bfloat16."""
+def main(head_dims: Sequence[int]) -> None:
+    """Searches kernels of these head dims, full and causal, in bfloat16."""
     if jax.default_backend() != "gpu":
         raise SystemExit("tune needs a GPU of compute capability 9.0")
     table = {}
-    for head_dim, causal in itertools.product(heuristics.HEAD_DIMS, (False, True)):
+    for head_dim, causal in itertools.product(head_dims, (False, True)):
         rows = grid("bfloat16", (head_dim,), LENGTHS, (causal,))
         print(rows[0], flush=True)
         attention, operands = canonical.canonical(Call(*input_sets(rows[0])[0], causal=causal))
