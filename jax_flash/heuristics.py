@@ -82,12 +82,13 @@ def candidates(fixed: dict, tuned: dict) -> Iterator[KernelSpec]:
     is_fp8 = element_bytes(fixed["element"]) == 1
     dim_v = fixed["head_dim_v"]
     # FP8 adds each product in float32, so a wide one can be multiplied in pieces through one small accumulator.
-    pieces = [dim_v // n for n in (1, 2, 4, 8, 16) if dim_v // n >= 16] if is_fp8 else [dim_v]
+    pieces = [dim_v // n for n in (1, 2, 4, 8, 16) if dim_v // n % 16 == 0] if is_fp8 else [dim_v]
     step = 32 if is_fp8 else 16
     # A diagonal wastes half of each masked block, which narrower steps make smaller.
     widest = 256 if is_fp8 and not (fixed["window_left"] or fixed["window_right"]) else 128
-    widths = range(step, widest + 1, step)
-    for consumers, tile_n, tile_v, q_stages, stages in itertools.product((2, 3), widths, pieces, (1, 2), (2, 3)):
+    widths = {*range(step, widest + 1, step), tuned.get("tile_n", step)}
+    depths = {2, 3, tuned.get("stages", 2)}
+    for consumers, tile_n, tile_v, q_stages, stages in itertools.product((2, 3), widths, pieces, (1, 2), depths):
         yield kernel_spec(
             fixed,
             tile_m=64 * consumers,
@@ -122,7 +123,7 @@ def register_split(consumers: int) -> tuple[int, int]:
     return {2: (40, 232), 3: (32, 160)}[consumers]
 
 
-def shared_bytes(fixed: dict, *, tile_m: int, tile_n: int, q_stages: int, stages: int, cluster: int, **_: Any) -> int:
+def shared_bytes(fixed: dict, *, tile_m: int, tile_n: int, q_stages: int, stages: int, **_: Any) -> int:
     """Bytes of SharedStorage in kernels/storage.cuh, which checks this number."""
     size = element_bytes(fixed["element"])
     q = tile_m * _up(fixed["head_dim"] * size, _SWIZZLE_BYTES)
@@ -130,7 +131,7 @@ def shared_bytes(fixed: dict, *, tile_m: int, tile_n: int, q_stages: int, stages
     v = tile_n * (fixed["head_dim_v"] if size == 1 else _up(fixed["head_dim_v"] * size, _SWIZZLE_BYTES))
     out = tile_m * _SWIZZLE_BYTES
     barriers = 16 * (q_stages * tile_m // 64 + 2 * stages) + 8 * stages
-    work = 4 * (96 + 16 * cluster * tile_m // 64)
+    work = 4 * (96 + 16 * tile_m // 64)
     return _up(q_stages * q + stages * (k + v) + out + barriers + work, 1024)
 
 

@@ -54,6 +54,7 @@ class Clearer {
         if (at_edge(work.tile, block)) clear(work.tile, block);
         ring_.advance();
       }
+      __syncwarp();
       work.pipe.release();
       work_ring_.advance();
     }

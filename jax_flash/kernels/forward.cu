@@ -1,5 +1,6 @@
-// Forward attention on compute capability 9.0. One CTA per SM walks over tiles of kTileM query rows of one head: the
-// first warpgroup loads Q, K and V by TMA, each further one computes 64 of the rows.
+// Forward attention on compute capability 9.0. One CTA per SM, or a cluster of two on two, walks over tiles of query
+// rows of one head: the warps of the first warpgroup find the tiles, load Q, K and V by TMA and clear what must not be
+// read, each further warpgroup computes 64 of the rows.
 #include "clear.cuh"
 #include "epilogue.cuh"
 #include "fragment.cuh"
@@ -49,8 +50,8 @@ __device__ __forceinline__ void find_tiles(SharedStorage& shared, const Operands
     more = schedule.next(work.tile);
     Blocks blocks{};
     if (more) blocks = visible_blocks(work.tile, params, 0, kTileRows);
-    if (!blocks.empty() && lane_index() < spec::kCluster * kConsumers) {
-      const int first_row = lane_index() * kWarpgroupRows;
+    if (!blocks.empty() && lane_index() < kConsumers) {
+      const int first_row = cta_first_row() + lane_index() * kWarpgroupRows;
       work.of_warpgroup[lane_index()] = visible_blocks(work.tile, params, first_row, kWarpgroupRows);
     }
     __syncwarp();

@@ -22,7 +22,7 @@
 
 namespace jax_flash {
 
-// Named barriers of a CTA, one for each consumer; 0 is __syncthreads.
+// Named barriers of a CTA, of either kind one for each consumer; 0 is __syncthreads.
 constexpr int kTurnBarrier = 1;
 constexpr int kWarpgroupBarrier = kTurnBarrier + kConsumers;
 
@@ -41,6 +41,9 @@ constexpr int kVStepBytes = kFp8 ? spec::kHeadDimV * kVKeyBlock : 16 * kSwizzleB
 
 constexpr int kPieceBytes =
     kFp8 ? spec::kTileV * kVKeyBlock : spec::kTileV / kBlockColumns * spec::kTileN * kSwizzleBytes;
+
+static_assert(spec::kStages >= 2, "a consumer holds one block while it waits for the next");
+static_assert(spec::kRescaleThreshold == 0 || !kFp8, "e4m3 has no room for probabilities above 1");
 
 class Consumer {
  public:
@@ -63,8 +66,10 @@ class Consumer {
     bool more = take();
     while (more) {
       if (end_ <= begin_) {
+        release_q();
         skip(work_->blocks.end - work_->blocks.begin);
         store_blind();
+        __syncwarp();
         work_->pipe.release();
         more = take();
         continue;
@@ -81,15 +86,16 @@ class Consumer {
         other_blocks(s, p, o, softmax, rescale);
         Work& work = *work_;
         const Softmax finished = softmax;
-        const int trailing = begin_ - work.blocks.begin;
-        more = take();
+        const int trailing = spec::kWindowLeft ? begin_ - work.blocks.begin : 0;
+        // The values of this tile's last block are still held: the loader passes one skipped block, not two.
+        more = take(trailing <= 1);
         const int leading = work_->blocks.end - end_;
-        // The loader waits for the values of this tile's last block before it loads the keys of two more.
         const bool joined = more && begin_ < end_ && trailing + leading <= 1;
         if (!joined) {
           shared_.v_pipe[v_ring_.slot()].full.wait(v_ring_.phase());
           values(p, o, rescale, [] {});
           skip(trailing);
+          if (more && trailing > 1) wait_q();
           store(work, finished, o);
           break;
         }
@@ -108,25 +114,25 @@ class Consumer {
   }
 
  private:
-  // Waits for the next tile and its rows of Q; false when there is none.
-  __device__ __forceinline__ bool take() {
+  // Waits for the next tile, and for its Q if that can come already; false when there is none.
+  __device__ __forceinline__ bool take(bool q_can_come = true) {
     work_ = &shared_.work[work_ring_.slot()];
     work_->pipe.full.wait(work_ring_.phase());
     work_ring_.advance();
     if (uniform(work_->tile.rows) == 0) return false;
-    const Blocks& blocks = work_->of_warpgroup[first_row() / kWarpgroupRows];
+    const Blocks& blocks = work_->of_warpgroup[warpgroup_];
     begin_ = uniform(blocks.begin);
     end_ = uniform(blocks.end);
     full_begin_ = uniform(blocks.full_begin);
     full_end_ = uniform(blocks.full_end);
     block_ = end_ - 1;
-    shared_.q_pipe[q_ring_.slot()][warpgroup_].full.wait(q_ring_.phase());
-    if (end_ <= begin_) {
-      release_q();
-    } else if (work_->scale < 0.0f) {
-      negate_q();
-    }
+    if (q_can_come) wait_q();
     return true;
+  }
+
+  __device__ __forceinline__ void wait_q() {
+    shared_.q_pipe[q_ring_.slot()][warpgroup_].full.wait(q_ring_.phase());
+    if (work_->scale < 0.0f) negate_q();
   }
 
   __device__ __forceinline__ void release_q() {
@@ -303,6 +309,7 @@ class Consumer {
   __device__ __forceinline__ void store(Work& work, const Softmax& softmax, Output& o) {
     store_rows(work, params_, operands_, first_row() + warp() * kWarpRows, softmax, o,
                shared_.out[warpgroup_ * (kWarpgroupSize / kWarpSize) + warp()]);
+    __syncwarp();
     work.pipe.release();
     clear(o);
   }

@@ -1,5 +1,5 @@
 // Schedule: which tile a cluster works on next. Every CTA of a cluster walks the same tiles by itself: cluster c takes
-// one tile of every round of gridDim.x, the c-th from its beginning or, in reversed rounds, its end.
+// one tile of every round of clusters, the c-th from its beginning or, in reversed rounds, its end.
 //
 // Heads are worked on in sections whose keys and values stay in the L2 cache together. Under a causal mask the tiles of
 // the first section come from the shortest to the longest or the reverse, those of the next the other way, and of the

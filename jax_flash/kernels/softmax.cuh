@@ -96,12 +96,12 @@ struct Softmax {
       const float sum = quad_sum(row_sum[r]);
       const float largest = row_max[r] * scale_log2 - kOffset;
       if constexpr (spec::kSinks) {
-        const float reference = fmaxf(largest, sink * kLog2E);
-        const bool seen = reference != -kInfinity || sum != 0.0f;  // NaN is not 0
-        const float weight = seen ? exp2_approx(largest - reference) : 0.0f;
-        const float total = seen ? sum * weight + exp2_approx(sink * kLog2E - reference) : 1.0f;
+        const float most = fmaxf(largest, sink * kLog2E);
+        const bool seen = most != -kInfinity || sum != 0.0f;  // NaN is not 0
+        const float weight = seen ? exp2_approx(largest - most) : 0.0f;
+        const float total = seen ? sum * weight + exp2_approx(sink * kLog2E - most) : 1.0f;
         factor[r] = weight * reciprocal_approx(total);
-        lse[r] = seen ? (reference + log2_approx(total)) * kLn2 : -kInfinity;
+        lse[r] = seen ? (most + log2_approx(total)) * kLn2 : -kInfinity;
       } else {
         factor[r] = sum == 0.0f ? 0.0f : reciprocal_approx(sum);
         lse[r] = sum == 0.0f ? -kInfinity : (largest + log2_approx(sum)) * kLn2;

@@ -59,7 +59,7 @@ struct Pipe {
 // Whether rows around the used keys may hold anything.
 constexpr bool kClears = spec::kPackedK || spec::kSequsedK;
 
-// What the scheduler tells of a tile, until all consumers have stored its rows. No rows end the work.
+// What is known of a tile, from the warp that finds it until all its readers are done. No rows end the work.
 struct Work {
   Pipe pipe;
   Tile tile;
@@ -67,8 +67,8 @@ struct Work {
   float scale;
   float v_scale;
   float sink;
-  Blocks blocks;                                     // that some row sees,
-  Blocks of_warpgroup[spec::kCluster * kConsumers];  // and that 64 of the rows see, those of one consumer
+  Blocks blocks;                    // that some row sees,
+  Blocks of_warpgroup[kConsumers];  // and that 64 of the rows see, those of one of this CTA's consumers
 };
 
 // One whose rows are stored, one whose scores are computed, one to come and one that is being found.

@@ -54,7 +54,7 @@ struct Barrier {
   }
 };
 
-// Makes initialised mbarriers visible to TMA; __syncthreads must follow.
+// Makes initialised mbarriers visible to TMA; a barrier of the CTA or cluster must follow.
 __device__ __forceinline__ void fence_barrier_init() {
   asm volatile("fence.mbarrier_init.release.cluster;" ::: "memory");
 }
