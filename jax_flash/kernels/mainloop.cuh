@@ -65,7 +65,7 @@ class Consumer {
     clear(o);
     bool more = take();
     while (more) {
-      if (end_ <= begin_) {
+      if (block_ < begin_) {
         release_q();
         skip(work_->blocks.end - work_->blocks.begin);
         store_blind();
@@ -74,7 +74,7 @@ class Consumer {
         more = take();
         continue;
       }
-      skip(work_->blocks.end - end_);
+      skip(work_->blocks.end - 1 - block_);
       Softmax softmax(work_->scale, params_);
       begin_scores(s);
       end_turn();
@@ -89,8 +89,8 @@ class Consumer {
         const int trailing = spec::kWindowLeft ? begin_ - work.blocks.begin : 0;
         // The values of this tile's last block are still held: the loader passes one skipped block, not two.
         more = take(trailing <= 1);
-        const int leading = work_->blocks.end - end_;
-        const bool joined = more && begin_ < end_ && trailing + leading <= 1;
+        const int leading = work_->blocks.end - 1 - block_;
+        const bool joined = more && block_ >= begin_ && trailing + leading <= 1;
         if (!joined) {
           shared_.v_pipe[v_ring_.slot()].full.wait(v_ring_.phase());
           values(p, o, rescale, [] {});
@@ -122,10 +122,9 @@ class Consumer {
     if (uniform(work_->tile.rows) == 0) return false;
     const Blocks& blocks = work_->of_warpgroup[warpgroup_];
     begin_ = uniform(blocks.begin);
-    end_ = uniform(blocks.end);
-    full_begin_ = uniform(blocks.full_begin);
+    block_ = uniform(blocks.end) - 1;
+    if constexpr (kLeftEdge) full_begin_ = uniform(blocks.full_begin);
     full_end_ = uniform(blocks.full_end);
-    block_ = end_ - 1;
     if (q_can_come) wait_q();
     return true;
   }
@@ -147,11 +146,11 @@ class Consumer {
       --block_;
       step<true>(s, p, o, softmax, rescale);
     }
-    while (block_ > max(full_begin_, begin_)) {
+    while (block_ > (kLeftEdge ? max(full_begin_, begin_) : begin_)) {
       --block_;
       step<false>(s, p, o, softmax, rescale);
     }
-    if constexpr (spec::kWindowLeft || spec::kKeyAlignment > 1) {
+    if constexpr (kLeftEdge) {
       while (block_ > begin_) {
         --block_;
         step<true>(s, p, o, softmax, rescale);
@@ -243,7 +242,7 @@ class Consumer {
   __device__ __forceinline__ void probabilities(Scores& s, Softmax& softmax, float (&rescale)[kRowsPerThread]) {
     const Work& work = *work_;
     if constexpr (spec::kSoftcap) cap_scores(s, fabsf(work.scale) / params_.softcap);
-    if (kMasked && (block_ < full_begin_ || block_ >= full_end_)) {
+    if (kMasked && ((kLeftEdge && block_ < full_begin_) || block_ >= full_end_)) {
       mask<spec::kTileN>(s, work.tile, params_, first_row(), block_);
     }
     softmax.update(s, rescale);
@@ -340,9 +339,12 @@ class Consumer {
   Ring<kWorkSlots> work_ring_;
   Ring<spec::kStages> k_ring_;
   Ring<spec::kStages> v_ring_;
+  // Whether blocks begin with keys that some row does not see.
+  static constexpr bool kLeftEdge = spec::kWindowLeft || spec::kKeyAlignment > 1;
+
   Work* work_;                 // the tile of the scores,
   int block_;                  // their block in it,
-  int begin_, end_;            // the blocks that this warpgroup's rows see, and of these
+  int begin_;                  // the last to come that this warpgroup's rows see; of those it sees,
   int full_begin_, full_end_;  // the ones that every row sees whole
 };
 
