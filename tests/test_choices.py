@@ -1,0 +1,72 @@
+"""Every choice that a KernelSpec leaves open computes the same, those that heuristics.py never takes too."""
+
+from __future__ import annotations
+
+import dataclasses
+
+import jax
+import pytest
+from cases import CASES
+from tolerance import check
+
+from jax_flash import canonical, heuristics, launch
+from jax_flash.spec import Call, KernelSpec, Operands
+
+CHOICES = {
+    "cluster": {"cluster": 2},
+    "late-store": {"late_store": True},
+    "no-ping-pong": {"ping_pong": False},
+    "three-consumers": {"tile_m": 192, "tile_n": 64},
+    "narrow": {"tile_n": 32, "q_stages": 1, "stages": 2},
+    "narrow-cluster": {"tile_n": 96, "q_stages": 1, "stages": 2, "cluster": 2},
+    "deep": {"tile_n": 32, "stages": 4, "q_stages": 2},
+    "integer-max": {"integer_max": True, "rescale_threshold": 0},
+}
+IDS = (
+    "long-sections",
+    "long-dense-window-softcap-sinks-bfloat16",
+    "long-packed-window-softcap-sinks-float16",
+    "long-packed-causal-softcap-bfloat16",
+    "long-packed-sinks-float8_e4m3fn",
+    "dense-all-bfloat16",
+    "packed-239x1",
+)
+FIXED = (
+    *("element", "out", "head_dim", "head_dim_v", "key_alignment", "window_left", "window_right", "softcap", "sinks"),
+    *("packed_q", "packed_k", "seqused_q", "seqused_k", "lse"),
+)
+FOLLOWS = ("threads", "producer_registers", "consumer_registers", "shared_bytes")
+
+
+def chosen(spec: KernelSpec, choices: dict) -> KernelSpec:
+    """The spec with other choices."""
+    fields = dataclasses.asdict(spec)
+    fixed = {name: fields.pop(name) for name in FIXED}
+    rest = {name: value for name, value in fields.items() if name not in FOLLOWS}
+    return heuristics.kernel_spec(fixed, **(rest | choices))
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("choices", CHOICES.values(), ids=CHOICES)
+@pytest.mark.parametrize("case", [case for case in CASES if case.id in IDS], ids=str)
+def test_choice(case, choices):
+    arguments = case.arguments()
+    call = Call(**arguments)
+    attention, operands = canonical.canonical(call)
+    spec = chosen(launch.kernel_specs(attention, operands)[0], choices)
+    assert spec.shared_bytes <= heuristics.SHARED_LIMIT
+    forward = jax.jit(lambda *arrays: launch.forward_cuda(attention, Operands(*arrays), [spec]))
+    results = canonical.restore(call, *forward(*operands))
+    check(arguments, *(results if call.return_lse else (results,)))
+
+
+@pytest.mark.parametrize("choices", CHOICES.values(), ids=CHOICES)
+def test_choice_compiles(choices):
+    case = next(case for case in CASES if case.id == "long-packed-causal-softcap-bfloat16")
+    attention, operands = canonical.canonical(Call(**case.arguments()))
+    spec = chosen(launch.kernel_specs(attention, operands)[0], choices)
+    launch.compile_best("forward.cu", [spec])
+
+
+def test_ids_are_of_cases():
+    assert set(IDS) <= {case.id for case in CASES}
