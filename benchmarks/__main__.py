@@ -14,10 +14,8 @@ import json
 import os
 import pathlib
 import platform
-import statistics
 import subprocess
 import sys
-import time
 
 # Peers in PyTorch share the GPU with JAX.
 os.environ.setdefault("XLA_PYTHON_CLIENT_PREALLOCATE", "false")
@@ -26,13 +24,11 @@ import jax
 import numpy as np
 
 from benchmarks import host, report, tune
-from benchmarks.libraries import LIBRARIES, ceilings, on_gpu, prepare
+from benchmarks.libraries import LIBRARIES, ceilings, medians, on_gpu, prepare
 from benchmarks.suites import SUITES, Row
 from jax_flash import heuristics
 
 ROUNDS = 3
-PAUSE = 0.1
-"""Seconds between bursts: without them power throttling, not the kernel, decides."""
 
 MOST_DIFFERENCE = {"float8_e4m3fn": 0.1}
 """How far a library's result may lie from that of jax_flash, relative to its size; else it solved another problem."""
@@ -55,12 +51,7 @@ def measure(row: Row) -> tuple[dict[str, float], dict[str, str]]:
             timers[name] = timer
         else:
             refused[name] = f"its result differs by {difference:.2g}"
-    times: dict[str, list[float]] = {name: [] for name in timers}
-    for _ in range(ROUNDS):
-        for name, timer in timers.items():
-            time.sleep(PAUSE)
-            times[name] += timer()
-    return {name: statistics.median(values) for name, values in times.items()}, refused
+    return medians(timers, ROUNDS), refused
 
 
 def device_name() -> str:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import statistics
 import subprocess
 import sys
 import tempfile
@@ -56,10 +57,9 @@ def chained_call_seconds() -> dict[str, float]:
         start = time.perf_counter()
         compiled(q, k, v).block_until_ready()
         walls.append(time.perf_counter() - start)
-    kernels = sorted(timer())
     return {
-        "call in a chain, wall, s": sorted(walls)[len(walls) // 2] / CHAIN,
-        "call in a chain, kernel, s": kernels[len(kernels) // 2] / CHAIN,
+        "call in a chain, wall, s": statistics.median(walls) / CHAIN,
+        "call in a chain, kernel, s": statistics.median(timer()) / CHAIN,
     }
 
 

@@ -9,8 +9,10 @@ from __future__ import annotations
 import functools
 import importlib.util
 import math
+import statistics
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Hashable, Mapping
+from typing import TypeVar
 
 import jax
 import jax.numpy as jnp
@@ -22,10 +24,14 @@ from benchmarks.suites import Row
 BURST = 12
 """Calls of one burst: enough for a median, few enough that the GPU does not throttle."""
 
+PAUSE = 0.1
+"""Seconds between bursts: without them power throttling, not the kernel, decides."""
+
 CACHE_BYTES = 128 << 20
 """Inputs of less, which the L2 cache could keep from call to call, come in several sets that take turns."""
 
 Timer = Callable[[], list[float]]
+Name = TypeVar("Name", bound=Hashable)
 
 
 class Refusal(Exception):
@@ -165,6 +171,16 @@ def jax_timer(function: Callable, sets: list[tuple]) -> tuple[jax.Array, Timer]:
     return result, by_cupti if on_gpu() else on_cpu
 
 
+def medians(timers: Mapping[Name, Timer], rounds: int) -> dict[Name, float]:
+    """The median time of each timer in seconds, all bursts taking turns."""
+    times: dict[Name, list[float]] = {name: [] for name in timers}
+    for _ in range(rounds):
+        for name, timer in timers.items():
+            time.sleep(PAUSE)
+            times[name] += timer()
+    return {name: statistics.median(values) for name, values in times.items()}
+
+
 # In PyTorch.
 
 
@@ -237,6 +253,6 @@ def ceilings() -> dict[str, float]:
     _, multiply = jax_timer(jnp.matmul, [(matrix, matrix)])
     _, read = jax_timer(lambda x: jnp.max(x, axis=-1), [(jnp.ones((1 << 14, bytes_read >> 16), jnp.float32),)])
     return {
-        "bfloat16 matmul 8192, FLOP/s": 2 * side**3 / sorted(multiply())[BURST // 2],
-        "memory read, B/s": bytes_read / sorted(read())[BURST // 2],
+        "bfloat16 matmul 8192, FLOP/s": 2 * side**3 / statistics.median(multiply()),
+        "memory read, B/s": bytes_read / statistics.median(read()),
     }

@@ -6,17 +6,14 @@ noise is kept, and the next field follows, until a whole round changes nothing.
 
 from __future__ import annotations
 
-import dataclasses
 import itertools
 import math
-import statistics
-import time
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 
 import jax
 
-from benchmarks.libraries import Timer, input_sets, jax_timer
+from benchmarks.libraries import Timer, input_sets, jax_timer, medians
 from benchmarks.suites import Row, grid
 from jax_flash import canonical, codegen, heuristics, jit, launch
 from jax_flash.spec import Call, KernelSpec
@@ -38,22 +35,11 @@ CHOICES: dict[str, tuple[int | bool, ...]] = {
 
 NOISE = 1.003
 ROUNDS = 2
-PAUSE = 0.1
-"""Seconds between bursts, as in a suite."""
 
 
-def fixed_of(row: Row) -> dict:
-    """The fields of KernelSpec that a row fixes."""
-    attention, operands = canonical.canonical(Call(*input_sets(row)[0], causal=row.causal))
-    spec = dataclasses.asdict(launch.kernel_specs(attention, operands)[0])
-    signature = ("element", "out", "head_dim", "head_dim_v", "key_alignment", "window_left", "window_right")
-    features = ("softcap", "sinks", "packed_q", "packed_k", "seqused_q", "seqused_k", "lse")
-    return {name: spec[name] for name in (*signature, *features)}
-
-
-def spec_of(row: Row, choices: dict) -> KernelSpec | None:
-    """The kernel of these choices for a row, or None if it does not fit or ptxas spills."""
-    spec = heuristics.kernel_spec(fixed_of(row), tile_v=row.head_dim_v, **choices)
+def spec_of(base: KernelSpec, choices: dict) -> KernelSpec | None:
+    """The kernel with these choices, or None if it does not fit or ptxas spills."""
+    spec = heuristics.with_choices(base, **choices)
     if spec.shared_bytes > heuristics.SHARED_LIMIT or spec.tile_n % (8 * spec.cluster):
         return None
     return spec if jit.compile(codegen.source("forward.cu", spec)).clean else None
@@ -69,37 +55,32 @@ def timer_of(row: Row, spec: KernelSpec) -> Timer:
     return jax_timer(attention, input_sets(row))[1]
 
 
-def rates(rows: Sequence[Row], alternatives: list[dict]) -> list[float]:
+def rates(rows: Sequence[Row], base: KernelSpec, alternatives: list[dict]) -> list[float]:
     """The geometric mean over rows of each alternative's rate, all measured in turn; 0 where it does not compile."""
-    logarithms = [0.0] * len(alternatives)
-    for row in rows:
-        input_sets(row)
-        with ThreadPoolExecutor(8) as pool:
-            specs = list(pool.map(lambda choices, row=row: spec_of(row, choices), alternatives))
-            timers = list(pool.map(lambda spec, row=row: spec and timer_of(row, spec), specs))
-        times: list[list[float]] = [[] for _ in alternatives]
-        for _, (number, timer) in itertools.product(range(ROUNDS), enumerate(timers)):
-            if timer:
-                time.sleep(PAUSE)
-                times[number] += timer()
-        for number, measured in enumerate(times):
-            logarithms[number] += math.log(row.flops / statistics.median(measured)) if measured else -math.inf
-    return [math.exp(logarithm / len(rows)) for logarithm in logarithms]
+    with ThreadPoolExecutor(8) as pool:
+        specs = list(pool.map(lambda choices: spec_of(base, choices), alternatives))
+        built = {number: spec for number, spec in enumerate(specs) if spec is not None}
+        logarithms = dict.fromkeys(built, 0.0)
+        for row in rows:
+            input_sets(row)
+            timers = dict(zip(built, pool.map(lambda spec, row=row: timer_of(row, spec), built.values()), strict=True))
+            for number, seconds in medians(timers, ROUNDS).items():
+                logarithms[number] += math.log(row.flops / seconds)
+    return [math.exp(logarithms.get(number, -math.inf) / len(rows)) for number in range(len(alternatives))]
 
 
-def search(rows: Sequence[Row], choices: dict) -> dict:
-    """The best choices for rows of one head dim and mask, from `choices` on."""
+def search(rows: Sequence[Row]) -> dict:
+    """The best choices for rows of one head dim and mask, from those of heuristics.py on."""
+    base = launch.kernel_specs(*canonical.canonical(Call(*input_sets(rows[0])[0], causal=rows[0].causal)))[0]
+    choices = {name: getattr(base, name) for name in CHOICES}
     changed = True
     while changed:
         changed = False
         for name, values in CHOICES.items():
             alternatives = [choices, *({**choices, name: value} for value in values if value != choices[name])]
-            measured = rates(rows, alternatives)
-            print(
-                f"  {name}: "
-                + ", ".join(f"{a[name]} {r / 1e12:.0f}" for a, r in zip(alternatives, measured, strict=True)),
-                flush=True,
-            )
+            measured = rates(rows, base, alternatives)
+            cells = (f"{a[name]} {rate / 1e12:.0f}" for a, rate in zip(alternatives, measured, strict=True))
+            print(f"  {name}: {', '.join(cells)}", flush=True)
             best = max(range(len(alternatives)), key=measured.__getitem__)
             if measured[best] > NOISE * measured[0]:
                 choices, changed = alternatives[best], True
@@ -114,8 +95,6 @@ def main(head_dims: Sequence[int]) -> None:
     for head_dim, causal in itertools.product(head_dims, (False, True)):
         rows = grid("bfloat16", (head_dim,), LENGTHS, (causal,))
         print(rows[0], flush=True)
-        attention, operands = canonical.canonical(Call(*input_sets(rows[0])[0], causal=causal))
-        spec = launch.kernel_specs(attention, operands)[0]
-        table[2, head_dim, causal] = search(rows, {name: getattr(spec, name) for name in CHOICES})
+        table[2, head_dim, causal] = search(rows)
         print(f"    {(2, head_dim, causal)}: {table[2, head_dim, causal]},", flush=True)
     print("TUNED = {", *(f"    {key}: {choices}," for key, choices in table.items()), "}", sep="\n")

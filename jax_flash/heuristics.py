@@ -5,6 +5,7 @@ Every odd number here has its reason beside it; docs/design.md tells how they we
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 import itertools
 from collections.abc import Iterator
@@ -37,8 +38,9 @@ TUNED: dict[tuple[int, int, bool], dict[str, int | bool]] = {
     (2, 256, False): {"tile_m": 128, "tile_n": 64, "q_stages": 1, "stages": 2, "integer_max": False},
     (2, 256, True): {"tile_m": 128, "tile_n": 64, "q_stages": 1, "stages": 2, "integer_max": False},
 }
-"""What `python -m benchmarks tune` found fastest on an H200, by bytes of an element, head dim and whether the window is
-bounded on the right: fields of KernelSpec. A call that needs more registers takes what comes nearest."""
+"""What was measured fastest on an H200, by bytes of an element, head dim and whether the window is bounded on the
+right: fields of KernelSpec. A call that needs more registers takes what comes nearest. `python -m benchmarks tune`
+searches from here on."""
 
 
 def padded_head_dim(head_dim: int) -> int:
@@ -90,7 +92,7 @@ def candidates(fixed: dict, tuned: dict) -> Iterator[KernelSpec]:
     depths = {2, 3, tuned.get("stages", 2)}
     for consumers, tile_n, tile_v, q_stages, stages in itertools.product((2, 3), widths, pieces, (1, 2), depths):
         yield kernel_spec(
-            fixed,
+            **fixed,
             tile_m=64 * consumers,
             tile_n=tile_n,
             tile_v=tile_v,
@@ -105,17 +107,22 @@ def candidates(fixed: dict, tuned: dict) -> Iterator[KernelSpec]:
         )
 
 
-def kernel_spec(fixed: dict, **choices: Any) -> KernelSpec:
-    """The KernelSpec with these choices, and what follows from them."""
-    producer, consumer = register_split(choices["tile_m"] // 64)
-    return KernelSpec(
-        **fixed,
-        **choices,
-        threads=128 * (choices["tile_m"] // 64 + 1),
-        producer_registers=producer,
-        consumer_registers=consumer,
-        shared_bytes=shared_bytes(fixed, **choices),
-    )
+def kernel_spec(**fields: Any) -> KernelSpec:
+    """The KernelSpec of all fields but those that follow from the others."""
+    consumers = fields["tile_m"] // 64
+    producer_registers, consumer_registers = register_split(consumers)
+    follows = {
+        "threads": 128 * (consumers + 1),
+        "producer_registers": producer_registers,
+        "consumer_registers": consumer_registers,
+        "shared_bytes": shared_bytes(**fields),
+    }
+    return KernelSpec(**(fields | follows))
+
+
+def with_choices(spec: KernelSpec, **choices: Any) -> KernelSpec:
+    """The same call's KernelSpec with other choices, legal or not."""
+    return kernel_spec(**(dataclasses.asdict(spec) | choices))
 
 
 def register_split(consumers: int) -> tuple[int, int]:
@@ -123,12 +130,22 @@ def register_split(consumers: int) -> tuple[int, int]:
     return {2: (40, 232), 3: (32, 160)}[consumers]
 
 
-def shared_bytes(fixed: dict, *, tile_m: int, tile_n: int, q_stages: int, stages: int, **_: Any) -> int:
-    """Bytes of SharedStorage in kernels/storage.cuh, which checks this number."""
-    size = element_bytes(fixed["element"])
-    q = tile_m * _up(fixed["head_dim"] * size, _SWIZZLE_BYTES)
-    k = tile_n * _up(fixed["head_dim"] * size, _SWIZZLE_BYTES)
-    v = tile_n * (fixed["head_dim_v"] if size == 1 else _up(fixed["head_dim_v"] * size, _SWIZZLE_BYTES))
+def shared_bytes(
+    *,
+    element: str,
+    head_dim: int,
+    head_dim_v: int,
+    tile_m: int,
+    tile_n: int,
+    q_stages: int,
+    stages: int,
+    **_: Any,
+) -> int:
+    """Bytes of SharedStorage in kernels/storage.cuh, which checks this number; of other fields it takes no notice."""
+    size = element_bytes(element)
+    q = tile_m * _up(head_dim * size, _SWIZZLE_BYTES)
+    k = tile_n * _up(head_dim * size, _SWIZZLE_BYTES)
+    v = tile_n * (head_dim_v if size == 1 else _up(head_dim_v * size, _SWIZZLE_BYTES))
     out = tile_m * _SWIZZLE_BYTES
     barriers = 16 * (q_stages * tile_m // 64 + 2 * stages) + 8 * stages
     work = 4 * (96 + 16 * tile_m // 64)

@@ -2,15 +2,13 @@
 
 from __future__ import annotations
 
-import dataclasses
-
 import jax
 import pytest
 from cases import CASES
 from tolerance import check
 
 from jax_flash import canonical, heuristics, launch
-from jax_flash.spec import Call, KernelSpec, Operands
+from jax_flash.spec import Call, Operands
 
 CHOICES = {
     "cluster": {"cluster": 2},
@@ -31,19 +29,6 @@ IDS = (
     "dense-all-bfloat16",
     "packed-239x1",
 )
-FIXED = (
-    *("element", "out", "head_dim", "head_dim_v", "key_alignment", "window_left", "window_right", "softcap", "sinks"),
-    *("packed_q", "packed_k", "seqused_q", "seqused_k", "lse"),
-)
-FOLLOWS = ("threads", "producer_registers", "consumer_registers", "shared_bytes")
-
-
-def chosen(spec: KernelSpec, choices: dict) -> KernelSpec:
-    """The spec with other choices."""
-    fields = dataclasses.asdict(spec)
-    fixed = {name: fields.pop(name) for name in FIXED}
-    rest = {name: value for name, value in fields.items() if name not in FOLLOWS}
-    return heuristics.kernel_spec(fixed, **(rest | choices))
 
 
 @pytest.mark.gpu
@@ -53,7 +38,7 @@ def test_choice(case, choices):
     arguments = case.arguments()
     call = Call(**arguments)
     attention, operands = canonical.canonical(call)
-    spec = chosen(launch.kernel_specs(attention, operands)[0], choices)
+    spec = heuristics.with_choices(launch.kernel_specs(attention, operands)[0], **choices)
     assert spec.shared_bytes <= heuristics.SHARED_LIMIT
     forward = jax.jit(lambda *arrays: launch.forward_cuda(attention, Operands(*arrays), [spec]))
     results = canonical.restore(call, *forward(*operands))
@@ -64,7 +49,7 @@ def test_choice(case, choices):
 def test_choice_compiles(choices):
     case = next(case for case in CASES if case.id == "long-packed-causal-softcap-bfloat16")
     attention, operands = canonical.canonical(Call(**case.arguments()))
-    spec = chosen(launch.kernel_specs(attention, operands)[0], choices)
+    spec = heuristics.with_choices(launch.kernel_specs(attention, operands)[0], **choices)
     launch.compile_best("forward.cu", [spec])
 
 

@@ -54,8 +54,7 @@ class Clearer {
         if (at_edge(work.tile, block)) clear(work.tile, block);
         ring_.advance();
       }
-      __syncwarp();
-      work.pipe.release();
+      work.release();
       work_ring_.advance();
     }
   }
@@ -65,7 +64,7 @@ class Clearer {
     const int slot = ring_.slot();
     shared_.v_landed[slot].wait(phases_ >> slot & 1);
     phases_ ^= 1 << slot;
-    const int first = lead(tile) - block * spec::kTileN;
+    const int first = first_key_in(tile, block);
     clear_values(shared_.v[slot], first, first + tile.kv_len);
     fence_shared_for_async();
     __syncwarp();

@@ -33,7 +33,7 @@ class Loader {
     if (spec::kQStages > 1) load_q(work.tile);
 #pragma unroll 1
     for (int block = last; block >= begin; --block) {
-      const int row = work.tile.kv_row - lead(work.tile) + block * spec::kTileN;
+      const int row = work.tile.kv_row - first_key_in(work.tile, block);
       load_k(row, work.kv_head, work.tile.kv_group);
       if (spec::kQStages == 1 && block == last) load_q(work.tile);
       load_v(row, work.kv_head, work.tile.kv_group, kClears && at_edge(work.tile, block));

@@ -69,8 +69,7 @@ class Consumer {
         release_q();
         skip(work_->blocks.end - work_->blocks.begin);
         store_blind();
-        __syncwarp();
-        work_->pipe.release();
+        work_->release();
         more = take();
         continue;
       }
@@ -308,8 +307,7 @@ class Consumer {
   __device__ __forceinline__ void store(Work& work, const Softmax& softmax, Output& o) {
     store_rows(work, params_, operands_, first_row() + warp() * kWarpRows, softmax, o,
                shared_.out[warpgroup_ * (kWarpgroupSize / kWarpSize) + warp()]);
-    __syncwarp();
-    work.pipe.release();
+    work.release();
     clear(o);
   }
 

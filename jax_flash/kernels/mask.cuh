@@ -16,7 +16,7 @@ __device__ __forceinline__ void mask(float (&s)[kColumns / 2], const Tile& tile,
   for (int r = 0; r < kRowsPerThread; ++r) {
     const int q_index = tile.q_index + first_row + fragment_row(r);
     // Columns of this block that the row sees, relative to the thread's own first column.
-    const int shift = lead(tile) - block * kColumns - fragment_column(0);
+    const int shift = first_key_in(tile, block) - fragment_column(0);
     const int first = first_key(tile, params, q_index) + shift;
     const int last = last_key(tile, params, q_index) + shift;
 #pragma unroll

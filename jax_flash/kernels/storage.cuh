@@ -69,6 +69,12 @@ struct Work {
   float sink;
   Blocks blocks;                    // that some row sees,
   Blocks of_warpgroup[kConsumers];  // and that 64 of the rows see, those of one of this CTA's consumers
+
+  // A reading warp is done with it, whatever its lanes did apart.
+  __device__ __forceinline__ void release() {
+    __syncwarp();
+    pipe.release();
+  }
 };
 
 // One whose rows are stored, one whose scores are computed, one to come and one that is being found.

@@ -53,9 +53,12 @@ __device__ __forceinline__ int lead(const Tile& tile) {
   return spec::kKeyAlignment > 1 ? tile.kv_row % spec::kKeyAlignment : 0;
 }
 
+// Where the sequence's first key lies, in rows from the beginning of a block.
+__device__ __forceinline__ int first_key_in(const Tile& tile, int block) { return lead(tile) - block * spec::kTileN; }
+
 // Whether a block of a tile has rows around the sequence's used keys.
 __device__ __forceinline__ bool at_edge(const Tile& tile, int block) {
-  const int first = lead(tile) - block * spec::kTileN;
+  const int first = first_key_in(tile, block);
   return first > 0 || first + tile.kv_len < spec::kTileN;
 }
 
