@@ -38,7 +38,7 @@ struct LaunchAttributes {
   std::string_view entry;
   ffi::Span<const int64_t> tensor_maps;
   int64_t max_grid;
-  int64_t cluster;
+  int64_t draws;  // whether the last result counts what CTAs draw beyond their first piece of work
   int64_t threads;
   int64_t shared_bytes;
   Params params;
@@ -49,7 +49,7 @@ struct LaunchAttributes {
 XLA_FFI_REGISTER_STRUCT_ATTR_DECODING(jax_flash::LaunchAttributes, StructMember<ffi::Span<const uint8_t>>("cubin"),
                                       StructMember<std::string_view>("entry"),
                                       StructMember<ffi::Span<const int64_t>>("tensor_maps"),
-                                      StructMember<int64_t>("max_grid"), StructMember<int64_t>("cluster"),
+                                      StructMember<int64_t>("max_grid"), StructMember<int64_t>("draws"),
                                       StructMember<int64_t>("threads"), StructMember<int64_t>("shared_bytes"),
                                       StructMember<jax_flash::Params>("params"));
 
@@ -66,6 +66,7 @@ namespace {
   X(cuCtxGetDevice)                   \
   X(cuDeviceGetAttribute)             \
   X(cuTensorMapEncodeTiled)           \
+  X(cuMemsetD32Async)                 \
   X(cuLaunchKernelEx)
 
 struct Driver {
@@ -217,19 +218,20 @@ Status LaunchKernel(CUstream stream, const LoadedKernel& loaded, ffi::RemainingA
   CUDA_CHECK(cuDeviceGetAttribute, &multiprocessors, CU_DEVICE_ATTRIBUTE_MULTIPROCESSOR_COUNT, device);
   CUDA_CHECK(cuKernelSetAttribute, CU_FUNC_ATTRIBUTE_MAX_DYNAMIC_SHARED_SIZE_BYTES,
              static_cast<int>(attributes.shared_bytes), loaded.kernel, device);
-  // Whole clusters, one CTA on each multiprocessor.
-  const int64_t most = multiprocessors / attributes.cluster * attributes.cluster;
-  CUlaunchAttribute cluster = {};
-  cluster.id = CU_LAUNCH_ATTRIBUTE_CLUSTER_DIMENSION;
-  cluster.value.clusterDim = {static_cast<unsigned>(attributes.cluster), 1, 1};
   CUlaunchConfig config = {};
-  config.gridDimX = static_cast<unsigned>(std::min(attributes.max_grid, most));
+  config.gridDimX = static_cast<unsigned>(std::min<int64_t>(attributes.max_grid, multiprocessors));
+  if (attributes.draws != 0) {
+    void*& draws = pointers.pointers[count - 1];
+    if (attributes.max_grid > multiprocessors) {
+      CUDA_CHECK(cuMemsetD32Async, reinterpret_cast<CUdeviceptr>(draws), 0, 1, stream);
+    } else {
+      draws = nullptr;
+    }
+  }
   config.blockDimX = static_cast<unsigned>(attributes.threads);
   config.gridDimY = config.gridDimZ = config.blockDimY = config.blockDimZ = 1;
   config.sharedMemBytes = static_cast<unsigned>(attributes.shared_bytes);
   config.hStream = stream;
-  config.attrs = &cluster;
-  config.numAttrs = 1;
   Params params = attributes.params;
   void* arguments[] = {&maps, &pointers, &params};
   CUDA_CHECK(cuLaunchKernelEx, &config, reinterpret_cast<CUfunction>(loaded.kernel), arguments, nullptr);

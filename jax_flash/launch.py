@@ -209,28 +209,33 @@ def forward_cuda(attention: Attention, operands: Operands, specs: list[KernelSpe
     spec, kernel = compile_best("forward.cu", specs or kernel_specs(attention, operands))
     params = Params.of(attention, operands)
     size = operands.q.dtype.itemsize
-    maps = [_rows_map(0, operands.q.shape, size, 64), _rows_map(1, operands.k.shape, size, spec.tile_n // spec.cluster)]
+    maps = [_rows_map(0, operands.q.shape, size, 64), _rows_map(1, operands.k.shape, size, spec.tile_n)]
     if size == 1:
         operands = operands._replace(v=transpose_fp8_values(operands.v))
         maps.append(_columns_map(2, operands.v.shape, spec.head_dim_v))
     else:
-        maps.append(_rows_map(2, operands.v.shape, size, spec.tile_n // spec.cluster))
-    call = jax.ffi.ffi_call("jax_flash_cuda_launch", forward_result(attention, params))
-    return call(
+        maps.append(_rows_map(2, operands.v.shape, size, spec.tile_n))
+    results = forward_result(attention, params)
+    if results[0].dtype.itemsize == 2:
+        maps.append(_rows_map(len(operands), results[0].shape, 2, 16))
+    draws = [jax.ShapeDtypeStruct((1,), jnp.int32)] if spec.packed_q else []
+    call = jax.ffi.ffi_call("jax_flash_cuda_launch", [*results, *draws])
+    out, lse, *_ = call(
         *operands,
         cubin=np.frombuffer(kernel.cubin, np.uint8),
         entry="forward",
         tensor_maps=np.array([number for m in maps for number in m.flat()], np.int64),
-        max_grid=np.int64(_max_tiles(spec, params) * spec.cluster),
-        cluster=np.int64(spec.cluster),
+        max_grid=np.int64(_max_tiles(spec, params)),
+        draws=np.int64(len(draws)),
         threads=np.int64(spec.threads),
         shared_bytes=np.int64(spec.shared_bytes),
         params=params_attribute(params),
     )
+    return out, lse
 
 
 def _max_tiles(spec: KernelSpec, params: Params) -> int:
     """No call has more tiles: each sequence, and the rows around them in a group, may end in a partial one."""
-    whole = params.q_groups * -(-params.q_rows // (spec.tile_m * spec.cluster))
+    whole = params.q_groups * -(-params.q_rows // spec.tile_m)
     partial = params.batch + params.q_groups if spec.packed_q else 0
     return params.heads * (whole + partial)

@@ -191,14 +191,12 @@ class KernelSpec:
     """Buffers for K, and as many for V."""
     ping_pong: bool
     """Whether consumer warpgroups take turns to issue their products."""
-    late_store: bool
-    """Whether the rows of a tile are stored between the scores and the values of the next tile's second block."""
+    overlap: int
+    """Rows of a thread, of two, whose exponentials come before the wait for PV; those of the others may follow it."""
     rescale_threshold: int
     """The output is rescaled when a row's maximum has grown by more than this factor, in log2; 0: at every step."""
     integer_max: bool
     """Whether positive maxima are found by comparing floats as integers, three at a time."""
-    cluster: int
-    """CTAs that work on neighbouring rows and share each block of keys and values: 1 or 2."""
     threads: int
     """Of a CTA: a producer warpgroup and the consumers."""
     producer_registers: int

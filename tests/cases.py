@@ -266,9 +266,22 @@ LONG = [
     }.items()
 ]
 
-# Causal, with more tiles than a GPU has multiprocessors and three times the keys and values that its L2 cache holds.
+# Causal, with more tiles than a GPU has multiprocessors: packed, where CTAs draw them, and with more keys and values
+# than the L2 cache holds, a few tiles to each head, which its neighbours share, and many.
 LONG += [
-    Case(id="long-sections", q_lens=(300,) * 4, k_lens=(1500,) * 4, heads=24, kv_heads=24, head_dim=128, causal=True)
+    Case(
+        id="long-packed-tiles",
+        q_lens=(700, 33, 0, 1100, 260),
+        k_lens=(650, 40, 90, 1100, 300),
+        packed_q=True,
+        packed_k=True,
+        heads=24,
+        kv_heads=8,
+        head_dim=128,
+        causal=True,
+    ),
+    Case(id="long-few-tiles", q_lens=(300,) * 4, k_lens=(1500,) * 4, heads=21, kv_heads=21, head_dim=128, causal=True),
+    Case(id="long-sections", q_lens=(1200,) * 2, k_lens=(1500,) * 2, heads=13, kv_heads=13, head_dim=128, causal=True),
 ]
 
 SCALES = [

@@ -11,16 +11,15 @@ from jax_flash import canonical, heuristics, launch
 from jax_flash.spec import Call, Operands
 
 CHOICES = {
-    "cluster": {"cluster": 2},
-    "late-store": {"late_store": True},
-    "no-ping-pong": {"ping_pong": False},
-    "three-consumers": {"tile_m": 192, "tile_n": 64},
+    "no-ping-pong": {"ping_pong": False, "overlap": 0},
+    "three-consumers": {"tile_m": 192, "tile_n": 32, "q_stages": 1},
     "narrow": {"tile_n": 32, "q_stages": 1, "stages": 2},
-    "narrow-cluster": {"tile_n": 96, "q_stages": 1, "stages": 2, "cluster": 2},
     "deep": {"tile_n": 32, "stages": 4, "q_stages": 2},
     "integer-max": {"integer_max": True, "rescale_threshold": 0},
 }
 IDS = (
+    "long-packed-tiles",
+    "long-few-tiles",
     "long-sections",
     "long-dense-window-softcap-sinks-bfloat16",
     "long-packed-window-softcap-sinks-float16",

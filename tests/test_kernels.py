@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import dataclasses
 import itertools
+import struct
 
 import numpy as np
 import pytest
@@ -65,6 +66,20 @@ def kernels():
     return [pytest.param(specs, id=name) for name, specs in distinct.values()]
 
 
+# Of an instruction of compute capability 9.0: the last 12 bits of the first of its 16 bytes.
+WGMMA = {0x9F0, 0xDF0, 0x9F3, 0xDF3}  # of 16-bit elements and of FP8
+LANE_TO_UNIFORM_REGISTER = 0x2CA
+
+
+def instructions(cubin: bytes) -> list[int]:
+    """The kernel's instructions in order, each as those 12 bits."""
+    (table,) = struct.unpack_from("<Q", cubin, 40)
+    size, count, names = struct.unpack_from("<HHH", cubin, 58)
+    sections = [struct.unpack_from("<IIQQQQ", cubin, table + i * size) for i in range(count)]
+    (code,) = [s for s in sections if cubin.startswith(b".text.", sections[names][4] + s[0])]
+    return [low & 0xFFF for low, _ in struct.iter_unpack("<QQ", cubin[code[4] : code[4] + code[5]])]
+
+
 @pytest.mark.parametrize("specs", kernels())
 def test_compiles_without_a_spill(specs):
     spec, kernel = launch.compile_best("forward.cu", specs)
@@ -73,6 +88,12 @@ def test_compiles_without_a_spill(specs):
     # setmaxnreg waits for ever for registers that the CTA was not launched with.
     consumers = spec.tile_m // 64
     assert 128 * (spec.producer_registers + consumers * spec.consumer_registers) <= kernel.registers * spec.threads
+    # Operands of wgmma that ptxas keeps in registers of each lane cost a move before every one.
+    code = instructions(kernel.cubin)
+    starts = [i for i, instruction in enumerate(code) if instruction in WGMMA]
+    batches = [code[a:b] for a, b in itertools.pairwise(starts) if b - a < 24]
+    moves = sum(batch.count(LANE_TO_UNIFORM_REGISTER) for batch in batches)
+    assert 4 * moves < len(batches)
 
 
 @pytest.mark.parametrize("element", OUT)

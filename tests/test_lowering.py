@@ -40,6 +40,9 @@ def test_cuda_calls_a_kernel(dtype, packed):
     text = lowered("cuda", case)
     assert text.count(f"custom_call @{CUDA_CALL}") == 1
     assert CPU_CALL not in text
+    # Packed queries alone count what CTAs draw, in one more result.
+    assert ("draws = 1 : i64" in text) == packed
+    assert ("tensor<1xi32>" in text) == packed
 
 
 def test_cuda_differentiates_what_it_computed():

@@ -39,29 +39,25 @@ __device__ __forceinline__ void clear_values(u8* v, int first, int last) {
   }
 }
 
-// The warp that clears blocks at the edge, between the loader, whose bytes it waits for, and the consumers.
+// The warp that clears blocks at the edge, between the loader of V, whose bytes it waits for, and the consumers.
 class Clearer {
  public:
   __device__ __forceinline__ explicit Clearer(SharedStorage& shared) : shared_(shared) {}
 
   __device__ __forceinline__ void run() {
-    while (true) {
-      Work& work = shared_.work[work_ring_.slot()];
-      work.pipe.full.wait(work_ring_.phase());
-      if (work.tile.rows == 0) return;
+    each_work(shared_, [&](Work& work) {
 #pragma unroll 1
       for (int block = work.blocks.end - 1; block >= work.blocks.begin; --block) {
         if (at_edge(work.tile, block)) clear(work.tile, block);
         ring_.advance();
       }
       work.release();
-      work_ring_.advance();
-    }
+    });
   }
 
  private:
   __device__ __forceinline__ void clear(const Tile& tile, int block) {
-    const int slot = ring_.slot();
+    const int slot = ring_.slot;
     shared_.v_landed[slot].wait(phases_ >> slot & 1);
     phases_ ^= 1 << slot;
     const int first = first_key_in(tile, block);
@@ -72,7 +68,6 @@ class Clearer {
   }
 
   SharedStorage& shared_;
-  Ring<kWorkSlots> work_ring_;
   Ring<spec::kStages> ring_;
   u32 phases_ = 0;  // of each stage's v_landed, a bit
 };

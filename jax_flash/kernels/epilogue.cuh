@@ -2,6 +2,7 @@
 #pragma once
 
 #include "fragment.cuh"
+#include "hopper/tma.cuh"
 #include "hopper/types.cuh"
 #include "hopper/warp.cuh"
 #include "operands.cuh"
@@ -13,6 +14,9 @@
 
 namespace jax_flash {
 
+// Whether every row of the output that is stored belongs to a query that sees keys of its tile.
+constexpr bool kAllSee = !(spec::kWindowLeft || spec::kWindowRight || spec::kSequsedQ || spec::kPackedQ);
+
 // Where row `row` of a tile lies among the rows of all heads of the output, and among those of the log-sum-exp.
 __device__ __forceinline__ i64 output_row(const Tile& tile, const Params& params, int row) {
   return (static_cast<i64>(tile.q_group) * params.q_rows + tile.q_row + row) * params.heads + tile.head;
@@ -22,42 +26,70 @@ __device__ __forceinline__ i64 lse_row(const Tile& tile, const Params& params, i
   return (static_cast<i64>(tile.q_group) * params.heads + tile.head) * params.q_rows + tile.q_row + row;
 }
 
-// 16-bit rows leave as whole lines of 128 bytes. Each lane of a quad has two columns in eight, so a warp turns its 16
-// rows around in shared memory, 64 columns at a time; there 16 bytes at a time are swizzled by the row.
+// Stores, by the warp itself, those of the 16 rows whose 64 columns lie in `buffer` that are the tile's.
+__device__ __forceinline__ void copy_rows(const Tile& tile, const Params& params, const Operands& operands,
+                                          int first_row, int first_column, const u8* buffer) {
+  constexpr int kVectors = kSwizzleBytes / 16;
+  constexpr int kRows = kWarpSize / kVectors;
+  const int row = lane_index() / kVectors;
+  const int vector = lane_index() % kVectors;
+  const i64 row_elements = static_cast<i64>(params.heads) * params.head_dim_v;
+  u16* out = static_cast<u16*>(operands.out) + output_row(tile, params, first_row + row) * params.head_dim_v +
+             first_column + vector * 8;
+#pragma unroll
+  for (int i = 0; i < kWarpRows; i += kRows) {
+    const uint4 values =
+        *reinterpret_cast<const uint4*>(buffer + (row + i) * kSwizzleBytes + (vector ^ (row + i) % 8) * 16);
+    if (first_row + row + i < tile.rows && first_column + vector * 8 < params.head_dim_v) {
+      *reinterpret_cast<uint4*>(out + i * row_elements) = values;
+    }
+  }
+}
+
+// 16-bit rows leave through shared memory, swizzled as TMA has them, as many columns at a time as there is room for.
+// TMA stores them, without what lies past the last row or column of the tensor; the last rows of a packed sequence,
+// after which come those of another, are stored by the warp.
 template <typename Out>
 __device__ __forceinline__ void store_16_bit(const Work& work, const Params& params, const Operands& operands,
-                                             int first_row, const float (&scale)[kRowsPerThread], const Output& o,
-                                             u8* stage) {
-  constexpr int kChunk = kSwizzleBytes / 2;
+                                             const TensorMaps& maps, int first_row,
+                                             const float (&scale)[kRowsPerThread], const Output& o,
+                                             u8 (&buffers)[kOutBuffers][kOutBytes]) {
+  constexpr int kColumns = kOutBuffers * kOutColumns;
+  const Tile& tile = work.tile;
   const int lane = lane_index();
-  const int matrix_row = lane % 16;
-  u8* const written = stage + matrix_row * kSwizzleBytes;
-  const int written_vector = lane / 16 ^ lane % 8;
-  const int row = first_row + lane / 8;
-  const i64 row_elements = static_cast<i64>(params.heads) * params.head_dim_v;
-  u16* out = static_cast<u16*>(operands.out) + output_row(work.tile, params, row) * params.head_dim_v + lane % 8 * 8;
+  const bool whole = !spec::kPackedQ || first_row + kWarpRows <= tile.rows;
 #pragma unroll
-  for (int chunk = 0; chunk < spec::kHeadDimV; chunk += kChunk) {
+  for (int first = 0; first < spec::kHeadDimV; first += kColumns) {
+    const int end = first + kColumns < spec::kHeadDimV ? first + kColumns : spec::kHeadDimV;
+    if (lane == 0) tma_wait_read();
+    __syncwarp();
 #pragma unroll
-    for (int j = 0; j < 8 && chunk + 8 * j < spec::kHeadDimV; j += 2) {
-      const int column = chunk + 8 * j;
+    for (int column = first; column < end; column += 16) {
       const float* d = o[column / spec::kTileV] + column % spec::kTileV / 2;
       u32 words[4];
 #pragma unroll
       for (int i = 0; i < 4; ++i) words[i] = pack2<Out>(d[2 * i] * scale[i % 2], d[2 * i + 1] * scale[i % 2]);
-      store_matrices(written + (written_vector ^ j) * 16, words);
+      u8* const buffer = buffers[(column - first) / kOutColumns];
+      const int vector = lane / 16 ^ lane % 8 ^ column % kOutColumns / 8;
+      store_matrices(buffer + lane % 16 * kSwizzleBytes + vector * 16, words);
     }
+    fence_shared_for_async();
     __syncwarp();
+    // Not `else`: with one ptxas takes nothing for the same in all lanes any more (Barrier::arrive_if).
+    if (lane == 0 && whole) {
 #pragma unroll
-    for (int i = 0; i < kWarpRows / 4; ++i) {
-      const int read_row = lane / 8 + 4 * i;
-      const uint4 vector =
-          *reinterpret_cast<const uint4*>(stage + read_row * kSwizzleBytes + (lane % 8 ^ read_row % 8) * 16);
-      if (row + 4 * i < work.tile.rows && chunk + lane % 8 * 8 < params.head_dim_v) {
-        *reinterpret_cast<uint4*>(out + 4 * i * row_elements + chunk) = vector;
+      for (int column = first; column < end; column += kOutColumns) {
+        tma_store(maps.out, buffers[(column - first) / kOutColumns], column, tile.q_row + first_row, tile.head,
+                  tile.q_group);
+      }
+      tma_commit();
+    }
+    if (!whole) {
+#pragma unroll
+      for (int column = first; column < end; column += kOutColumns) {
+        copy_rows(tile, params, operands, first_row, column, buffers[(column - first) / kOutColumns]);
       }
     }
-    __syncwarp();
   }
 }
 
@@ -82,7 +114,8 @@ __device__ __forceinline__ void store_32_bit(const Work& work, const Params& par
 // and infinities included, must not be stored.
 template <typename Out = spec::Out>
 __device__ __forceinline__ void store_rows(const Work& work, const Params& params, const Operands& operands,
-                                           int first_row, Softmax softmax, Output& o, u8* stage) {
+                                           const TensorMaps& maps, int first_row, Softmax softmax, Output& o,
+                                           u8 (&buffers)[kOutBuffers][kOutBytes]) {
   const Tile& tile = work.tile;
   float scale[kRowsPerThread];
   float lse[kRowsPerThread];
@@ -92,7 +125,7 @@ __device__ __forceinline__ void store_rows(const Work& work, const Params& param
     const int row = first_row + lane_index() / 4 + 8 * r;
     const int q_index = tile.q_index + row;
     const bool used = q_index < tile.q_len;
-    const bool sees = used && first_key(tile, params, q_index) < last_key(tile, params, q_index);
+    const bool sees = kAllSee || (used && first_key(tile, params, q_index) < last_key(tile, params, q_index));
     scale[r] *= work.v_scale;
     if (!__all_sync(kAllLanes, sees)) {
       if (!sees) {
@@ -112,7 +145,7 @@ __device__ __forceinline__ void store_rows(const Work& work, const Params& param
   if constexpr (Out::kBytes == 4) {
     store_32_bit(work, params, operands, first_row, scale, o);
   } else {
-    store_16_bit<Out>(work, params, operands, first_row, scale, o, stage);
+    store_16_bit<Out>(work, params, operands, maps, first_row, scale, o, buffers);
   }
 }
 

@@ -1,6 +1,6 @@
-// Forward attention on compute capability 9.0. One CTA per SM, or a cluster of two on two, walks over tiles of query
-// rows of one head: the warps of the first warpgroup find the tiles, load Q, K and V by TMA and clear what must not be
-// read, each further warpgroup computes 64 of the rows.
+// Forward attention on compute capability 9.0. One CTA per SM walks over tiles of kTileM query rows of one head: the
+// warps of the first warpgroup find the tiles, load Q, K and V by TMA and clear what must not be read, each further
+// warpgroup computes 64 of the rows.
 #include "clear.cuh"
 #include "epilogue.cuh"
 #include "fragment.cuh"
@@ -30,9 +30,8 @@ static_assert(kWarpgroupSize * (spec::kProducerRegisters + kConsumers * spec::kC
 
 __device__ __forceinline__ void describe(Work& work, const Operands& operands, const Params& params) {
   const int head = work.tile.head;
+  const int kv_head = work.kv_head;
   const int sequence = max(work.tile.sequence, 0);
-  const int kv_head = head / (opaque(params.heads) / params.kv_heads);
-  work.kv_head = kv_head;
   work.scale = __ldg(operands.scale + sequence * params.scale_batch_stride + head * params.scale_head_stride);
   work.v_scale =
       __ldg(operands.v_scale + sequence * params.v_scale_batch_stride + kv_head * params.v_scale_head_stride);
@@ -45,28 +44,31 @@ __device__ __forceinline__ void find_tiles(SharedStorage& shared, const Operands
   Schedule schedule(operands, params);
   bool more = true;
   while (more) {
-    Work& work = shared.work[ring.slot()];
-    work.pipe.empty.wait(ring.phase() ^ 1);
+    Work& work = shared.work[ring.slot];
+    work.pipe.empty.wait(ring.phase ^ 1);
     more = schedule.next(work.tile);
     Blocks blocks{};
-    if (more) blocks = visible_blocks(work.tile, params, 0, kTileRows);
+    if (more) blocks = visible_blocks(work.tile, params, 0, spec::kTileM);
     if (!blocks.empty() && lane_index() < kConsumers) {
-      const int first_row = cta_first_row() + lane_index() * kWarpgroupRows;
+      const int first_row = lane_index() * kWarpgroupRows;
       work.of_warpgroup[lane_index()] = visible_blocks(work.tile, params, first_row, kWarpgroupRows);
     }
     __syncwarp();
     if (lane_index() == 0) {
+      const bool handed_over = !more || !blocks.empty();
       if (more) {
-        describe(work, operands, params);
+        work.kv_head = work.tile.head / (opaque(params.heads) / params.kv_heads);
       } else {
         work.tile.rows = 0;
       }
       work.blocks = blocks;
-      if (!more || !blocks.empty()) work.pipe.full.arrive();
+      if (handed_over) work.located.arrive();
+      if (more) describe(work, operands, params);
+      if (handed_over) work.pipe.full.arrive();
     }
     __syncwarp();
     if (blocks.empty()) {
-      store_blind_rows(work, params, operands, cta_first_row(), spec::kTileM);
+      store_blind_rows(work, params, operands, 0, spec::kTileM);
       __syncwarp();
     } else {
       ring.advance();
@@ -86,27 +88,19 @@ extern "C" __global__ void __launch_bounds__(kThreads, 1)
     tma_prefetch(maps.k);
     tma_prefetch(maps.v);
   }
-  if constexpr (spec::kCluster == 1) {
-    __syncthreads();
-  } else {
-    sync_cluster();
-  }
+  __syncthreads();
 
   const int warp = warp_index();
   const int warpgroup = warp / (kWarpgroupSize / kWarpSize);
   if (warpgroup == 0) {
     shrink_registers<spec::kProducerRegisters>();
-    if (warp == 0 && lane_index() == 0) Loader(shared, maps).run();
-    if (warp == 1) find_tiles(shared, operands, params);
-    if (kClears && warp == 2) Clearer(shared).run();
+    if (warp == 0) find_tiles(shared, operands, params);
+    if (warp == 1 && lane_index() == 0) KeyLoader(shared, maps).run();
+    if (warp == 2 && lane_index() == 0) ValueLoader(shared, maps).run();
+    if (kClears && warp == 3) Clearer(shared).run();
   } else {
     grow_registers<spec::kConsumerRegisters>();
-    Consumer(shared, operands, params, warpgroup - 1).run();
-  }
-  // The other CTA may still release buffers here.
-  if constexpr (spec::kCluster > 1) {
-    __syncwarp();
-    sync_cluster();
+    Consumer(shared, operands, maps, params, warpgroup - 1).run();
   }
 }
 

@@ -47,9 +47,9 @@ static_assert(spec::kRescaleThreshold == 0 || !kFp8, "e4m3 has no room for proba
 
 class Consumer {
  public:
-  __device__ __forceinline__ Consumer(SharedStorage& shared, const Operands& operands, const Params& params,
-                                      int warpgroup)
-      : shared_(shared), operands_(operands), params_(params), warpgroup_(warpgroup) {
+  __device__ __forceinline__ Consumer(SharedStorage& shared, const Operands& operands, const TensorMaps& maps,
+                                      const Params& params, int warpgroup)
+      : shared_(shared), operands_(operands), maps_(maps), params_(params), warpgroup_(warpgroup) {
     q_descriptor_ = descriptor_low(shared.q[0][warpgroup], 16);
     k_descriptor_ = descriptor_low(shared.k, 16);
     v_descriptor_ = descriptor_low(shared.v, kVLeadingBytes);
@@ -67,13 +67,13 @@ class Consumer {
     while (more) {
       if (block_ < begin_) {
         release_q();
-        skip(work_->blocks.end - work_->blocks.begin);
+        skip(leading() + 1 + block_ - uniform(work_->blocks.begin));
         store_blind();
         work_->release();
         more = take();
         continue;
       }
-      skip(work_->blocks.end - 1 - block_);
+      skip(leading());
       Softmax softmax(work_->scale, params_);
       begin_scores(s);
       end_turn();
@@ -85,13 +85,14 @@ class Consumer {
         other_blocks(s, p, o, softmax, rescale);
         Work& work = *work_;
         const Softmax finished = softmax;
-        const int trailing = spec::kWindowLeft ? begin_ - work.blocks.begin : 0;
-        // The values of this tile's last block are still held: the loader passes one skipped block, not two.
+        const int trailing = spec::kWindowLeft ? begin_ - uniform(work.blocks.begin) : 0;
+        // Blocks skipped ahead of the next tile's Q hold both buffers of K while this tile's last values are
+        // unmultiplied and turns are owed: one may, two may not.
         more = take(trailing <= 1);
-        const int leading = work_->blocks.end - 1 - block_;
-        const bool joined = more && block_ >= begin_ && trailing + leading <= 1;
+        const int skipped = trailing + leading();
+        const bool joined = more && block_ >= begin_ && skipped <= 1;
         if (!joined) {
-          shared_.v_pipe[v_ring_.slot()].full.wait(v_ring_.phase());
+          shared_.v_pipe[v_ring_.slot].full.wait(v_ring_.phase);
           values(p, o, rescale, [] {});
           skip(trailing);
           if (more && trailing > 1) wait_q();
@@ -99,24 +100,20 @@ class Consumer {
           break;
         }
         softmax = Softmax(work_->scale, params_);
-        if (trailing + leading > 0) skip_keys();
+        if (skipped > 0) skip_keys();
         step<true>(s, p, o, softmax, rescale);
-        if (trailing + leading > 0) skip_values();
-        if (spec::kLateStore && block_ > begin_) {
-          --block_;
-          step<true>(s, p, o, softmax, rescale, [&] { store(work, finished, o); });
-        } else {
-          store(work, finished, o);
-        }
+        if (skipped > 0) skip_values();
+        store(work, finished, o);
       }
     }
+    if (lane_index() == 0) tma_wait_read();  // shared memory ends with the CTA
   }
 
  private:
   // Waits for the next tile, and for its Q if that can come already; false when there is none.
   __device__ __forceinline__ bool take(bool q_can_come = true) {
-    work_ = &shared_.work[work_ring_.slot()];
-    work_->pipe.full.wait(work_ring_.phase());
+    work_ = &shared_.work[work_ring_.slot];
+    work_->pipe.full.wait(work_ring_.phase);
     work_ring_.advance();
     if (uniform(work_->tile.rows) == 0) return false;
     const Blocks& blocks = work_->of_warpgroup[warpgroup_];
@@ -129,12 +126,12 @@ class Consumer {
   }
 
   __device__ __forceinline__ void wait_q() {
-    shared_.q_pipe[q_ring_.slot()][warpgroup_].full.wait(q_ring_.phase());
+    shared_.q_pipe[q_ring_.slot][warpgroup_].full.wait(q_ring_.phase);
     if (work_->scale < 0.0f) negate_q();
   }
 
   __device__ __forceinline__ void release_q() {
-    shared_.q_pipe[q_ring_.slot()][warpgroup_].release();
+    shared_.q_pipe[q_ring_.slot][warpgroup_].release();
     q_ring_.advance();
   }
 
@@ -145,9 +142,16 @@ class Consumer {
       --block_;
       step<true>(s, p, o, softmax, rescale);
     }
-    while (block_ > (kLeftEdge ? max(full_begin_, begin_) : begin_)) {
+    const int last = kLeftEdge ? max(full_begin_, begin_) : begin_;
+    while (block_ > last && !(spec::kIntegerMax && all_positive(softmax))) {
       --block_;
       step<false>(s, p, o, softmax, rescale);
+    }
+    if constexpr (spec::kIntegerMax) {
+      while (block_ > last) {
+        --block_;
+        step<false, true>(s, p, o, softmax, rescale);
+      }
     }
     if constexpr (kLeftEdge) {
       while (block_ > begin_) {
@@ -157,23 +161,27 @@ class Consumer {
     }
   }
 
-  // Scores of a block, and values of the block before; `between` them what need not wait for either.
-  template <bool kMasked, typename... Between>
+  // Scores of a block, and values of the block before.
+  template <bool kMasked, bool kPositive = false>
   __device__ __forceinline__ void step(Scores& s, Probabilities<spec::Element, spec::kTileN>& p, Output& o,
-                                       Softmax& softmax, float (&rescale)[kRowsPerThread], Between... between) {
+                                       Softmax& softmax, float (&rescale)[kRowsPerThread]) {
     float next_rescale[kRowsPerThread];
     begin_scores(s);
-    (between(), ...);
-    shared_.v_pipe[v_ring_.slot()].full.wait(v_ring_.phase());
+    shared_.v_pipe[v_ring_.slot].full.wait(v_ring_.phase);
     values(p, o, rescale, [&] {
       end_turn();
       finish_scores<1>(s);
-      probabilities<kMasked>(s, softmax, next_rescale);
+      probabilities<kMasked, kPositive>(s, softmax, next_rescale);
     });
     fence_registers(s);
     p.pack(s);
 #pragma unroll
     for (int r = 0; r < kRowsPerThread; ++r) rescale[r] = next_rescale[r];
+  }
+
+  // Whether it holds of the whole warpgroup, for all its warps must take the same way to wgmma.
+  __device__ __forceinline__ bool all_positive(const Softmax& softmax) const {
+    return uniform(named_all(kWarpgroupBarrier + warpgroup_, kWarpgroupSize, softmax.positive())) != 0;
   }
 
   // Every block takes one turn of each warpgroup, to be multiplied or to be skipped.
@@ -185,6 +193,9 @@ class Consumer {
     if constexpr (spec::kPingPong) named_arrive(kTurnBarrier + (warpgroup_ + 1) % kConsumers, 2 * kWarpgroupSize);
   }
 
+  // Blocks of the tile that come before this warpgroup's first.
+  __device__ __forceinline__ int leading() const { return uniform(work_->blocks.end) - 1 - block_; }
+
   // Blocks that only other warpgroups' rows see.
   __device__ __forceinline__ void skip(int count) {
 #pragma unroll 1
@@ -195,21 +206,21 @@ class Consumer {
   }
 
   __device__ __forceinline__ void skip_keys() {
-    shared_.k_pipe[k_ring_.slot()].full.wait(k_ring_.phase());
+    shared_.k_pipe[k_ring_.slot].full.wait(k_ring_.phase);
     begin_turn();
     end_turn();
-    shared_.k_pipe[k_ring_.slot()].release_to_cluster();
+    shared_.k_pipe[k_ring_.slot].release();
     k_ring_.advance();
   }
 
   __device__ __forceinline__ void skip_values() {
-    shared_.v_pipe[v_ring_.slot()].full.wait(v_ring_.phase());
-    shared_.v_pipe[v_ring_.slot()].release_to_cluster();
+    shared_.v_pipe[v_ring_.slot].full.wait(v_ring_.phase);
+    shared_.v_pipe[v_ring_.slot].release();
     v_ring_.advance();
   }
 
   __device__ __forceinline__ void begin_scores(Scores& s) {
-    shared_.k_pipe[k_ring_.slot()].full.wait(k_ring_.phase());
+    shared_.k_pipe[k_ring_.slot].full.wait(k_ring_.phase);
     begin_turn();
     wgmma_fence();
     issue_scores(s);
@@ -217,8 +228,8 @@ class Consumer {
   }
 
   __device__ __forceinline__ void issue_scores(Scores& s) {
-    const u32 q = advance(q_descriptor_, q_ring_.slot() * static_cast<int>(sizeof(shared_.q[0])));
-    const u32 k = advance(k_descriptor_, k_ring_.slot() * kKBytes);
+    const u32 q = advance(q_descriptor_, q_ring_.slot * static_cast<int>(sizeof(shared_.q[0])));
+    const u32 k = advance(k_descriptor_, k_ring_.slot * kKBytes);
 #pragma unroll
     for (int i = 0; i < kQkSteps; ++i) {
       const int block = i / kStepsPerBlock;
@@ -232,26 +243,26 @@ class Consumer {
   __device__ __forceinline__ void finish_scores(Scores& s) {
     wgmma_wait<kPending>();
     fence_registers(s);
-    shared_.k_pipe[k_ring_.slot()].release_to_cluster();
+    shared_.k_pipe[k_ring_.slot].release();
     k_ring_.advance();
     if (block_ == begin_) release_q();
   }
 
-  template <bool kMasked>
+  template <bool kMasked, bool kPositive = false>
   __device__ __forceinline__ void probabilities(Scores& s, Softmax& softmax, float (&rescale)[kRowsPerThread]) {
     const Work& work = *work_;
     if constexpr (spec::kSoftcap) cap_scores(s, fabsf(work.scale) / params_.softcap);
     if (kMasked && ((kLeftEdge && block_ < full_begin_) || block_ >= full_end_)) {
       mask<spec::kTileN>(s, work.tile, params_, first_row(), block_);
     }
-    softmax.update(s, rescale);
+    softmax.template update<kPositive>(s, rescale);
   }
 
   // O = O * rescale + P V. Runs `meanwhile` while the first piece is multiplied, and gives the buffer back.
   template <typename Meanwhile>
   __device__ __forceinline__ void values(const Probabilities<spec::Element, spec::kTileN>& p, Output& o,
                                          const float (&rescale)[kRowsPerThread], Meanwhile meanwhile) {
-    const u32 v = advance(v_descriptor_, v_ring_.slot() * kVBytes);
+    const u32 v = advance(v_descriptor_, v_ring_.slot * kVBytes);
     if constexpr (kFp8) {
 #pragma unroll
       for (int piece = 0; piece < kPieces; ++piece) {
@@ -277,7 +288,7 @@ class Consumer {
       wgmma_wait<0>();
       fence_registers(o[0]);
     }
-    shared_.v_pipe[v_ring_.slot()].release_to_cluster();
+    shared_.v_pipe[v_ring_.slot].release();
     v_ring_.advance();
   }
 
@@ -298,14 +309,14 @@ class Consumer {
   }
 
   // The first row of a tile that is this warpgroup's.
-  __device__ __forceinline__ int first_row() const { return cta_first_row() + warpgroup_ * kWarpgroupRows; }
+  __device__ __forceinline__ int first_row() const { return warpgroup_ * kWarpgroupRows; }
 
   // Its number among the warps of this warpgroup.
   __device__ __forceinline__ int warp() const { return threadIdx.x % kWarpgroupSize / kWarpSize; }
 
   // Ends a tile: stores its rows and begins anew.
   __device__ __forceinline__ void store(Work& work, const Softmax& softmax, Output& o) {
-    store_rows(work, params_, operands_, first_row() + warp() * kWarpRows, softmax, o,
+    store_rows(work, params_, operands_, maps_, first_row() + warp() * kWarpRows, softmax, o,
                shared_.out[warpgroup_ * (kWarpgroupSize / kWarpSize) + warp()]);
     work.release();
     clear(o);
@@ -319,7 +330,7 @@ class Consumer {
   // A negative scale would make the largest score the smallest: the scores of -Q with its absolute value are the same.
   __device__ __forceinline__ void negate_q() {
     constexpr u32 kSigns = kFp8 ? 0x80808080u : 0x80008000u;
-    u32* words = reinterpret_cast<u32*>(shared_.q[q_ring_.slot()][warpgroup_]);
+    u32* words = reinterpret_cast<u32*>(shared_.q[q_ring_.slot][warpgroup_]);
 #pragma unroll 1
     for (int i = threadIdx.x % kWarpgroupSize; i < kQBytes / 4; i += kWarpgroupSize) words[i] ^= kSigns;
     fence_shared_for_async();
@@ -328,6 +339,7 @@ class Consumer {
 
   SharedStorage& shared_;
   const Operands& operands_;
+  const TensorMaps& maps_;
   const Params& params_;
   int warpgroup_;
   u32 q_descriptor_;

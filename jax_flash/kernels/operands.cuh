@@ -20,12 +20,14 @@ struct Operands {
   const int* seqused_k;
   void* out;
   float* lse;
+  int* draws;  // of packed queries: tiles drawn, 0 at first; null where every CTA has one tile at most
 };
 
 struct TensorMaps {
   TensorMap q;
   TensorMap k;
   TensorMap v;
+  TensorMap out;  // if that has 16 bits
 };
 
 }  // namespace jax_flash

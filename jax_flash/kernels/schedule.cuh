@@ -1,10 +1,14 @@
-// Schedule: which tile a cluster works on next. Every CTA of a cluster walks the same tiles by itself: cluster c takes
-// one tile of every round of clusters, the c-th from its beginning or, in reversed rounds, its end.
+// Schedule: which tile a CTA works on next.
 //
-// Heads are worked on in sections whose keys and values stay in the L2 cache together. Under a causal mask the tiles of
-// the first section come from the shortest to the longest or the reverse, those of the next the other way, and of the
-// last from the longest to the shortest: so lengths rise and fall along t, and every CTA gets its share of long tiles.
-// Where one section is all there is, every other round of CTAs runs in reverse instead.
+// Heads are worked on in sections whose keys and values stay in the L2 cache together, tiles of one length after those
+// of another. Where lengths are the same in all sequences, CTA c takes the c-th tile of every round. Under a causal
+// mask the tiles of the last section come from the longest to the shortest, those of the one before the other way, and
+// so on: lengths rise and fall along t, and every CTA gets its share of long tiles. Where few tiles make a pair of
+// sequence and head, a section is a round, and tiles of a pair come one after another: neighbours share keys and
+// values. Where one section of the other kind is all there is, every other round is reversed instead.
+//
+// Packed sequences have any lengths: there a CTA draws its next tile from a counter when it begins another. What a tile
+// computes does not depend on who does.
 //
 // Index arrays are read as they are defined for all platforms: the boundaries of a group are the running maximum of its
 // cu_seqlens, clamped to [0, rows], and lengths are clamped to the sequence. So no value leads outside a buffer, and
@@ -21,6 +25,34 @@ namespace jax_flash {
 
 __device__ __forceinline__ int clamp(int x, int low, int high) { return max(low, min(x, high)); }
 
+__device__ __forceinline__ int ceil_div(int x, int y) { return (x + y - 1) / y; }
+
+// Pairs of sequence and head whose keys and values, of so many rows each, stay in the L2 cache together. In float, for
+// all of a CTA waits for it at the beginning.
+__device__ __forceinline__ int fitting_pairs(const Params& params, int rows) {
+  constexpr float kL2Bytes = 8 << 20;
+  constexpr float kMost = 1 << 24;
+  const float row_bytes = static_cast<float>((params.head_dim + params.head_dim_v) * spec::Element::kBytes) *
+                          params.kv_heads / params.heads;
+  return static_cast<int>(fmaxf(1.0f, fminf(kMost, kL2Bytes / (row_bytes * rows))));
+}
+
+// Where a tile stands among `pairs` pairs of m_blocks tiles each, worked on so many pairs at a time.
+struct Place {
+  int section;
+  int pair;
+  int m_block;  // counted through the section
+
+  __device__ __forceinline__ Place(int index, int pairs, int m_blocks, int per_section, bool by_pair) {
+    section = index / (per_section * m_blocks);
+    const int first = section * per_section;
+    const int width = min(per_section, pairs - first);
+    const int in_section = index - first * m_blocks;
+    pair = first + (by_pair ? in_section / m_blocks : in_section % width);
+    m_block = by_pair ? in_section % m_blocks : in_section / width;
+  }
+};
+
 // Boundary i of a group that cu_seqlens cuts: the running maximum of the array. All lanes take part.
 __device__ __forceinline__ int boundary(const int* cu_seqlens, int i, int rows) {
   int largest = 0;
@@ -31,71 +63,91 @@ __device__ __forceinline__ int boundary(const int* cu_seqlens, int i, int rows) 
   return min(largest, rows);
 }
 
-class Schedule {
+// Dense queries: rounds.
+class DenseSchedule {
  public:
-  __device__ __forceinline__ Schedule(const Operands& operands, const Params& params)
-      : operands_(operands), params_(params) {
-    if constexpr (!spec::kPackedQ && spec::kWindowRight) {
-      constexpr i64 kL2Bytes = 16 << 20;
-      const i64 pair_bytes = static_cast<i64>(params.kv_rows) * (params.head_dim + params.head_dim_v) *
-                             spec::Element::kBytes * params.kv_heads / params.heads;
-      const i64 fitting = max(1ll, kL2Bytes / max(1ll, pair_bytes));
-      sections_ = static_cast<int>((pairs() + fitting - 1) / fitting);
-      pairs_per_section_ = (pairs() + sections_ - 1) / sections_;
-    }
-  }
-
-  // The next tile, if there is one, into shared memory: registers are few here. All lanes take part.
-  __device__ __forceinline__ bool next(Tile& shared_tile) {
-    const bool reversed = !spec::kPackedQ && spec::kWindowRight && sections_ == 1 && round_ % 2 == 1;
-    const int clusters = grid_size() / spec::kCluster;
-    const int cluster = blockIdx.x / spec::kCluster;
-    const int index = round_ * clusters + (reversed ? clusters - 1 - cluster : cluster);
-    ++round_;
-    Tile tile;
-    bool found;
-    if constexpr (spec::kPackedQ) {
-      found = find_packed(tile, index);
+  __device__ __forceinline__ DenseSchedule(const Operands&, const Params& params) : params_(params) {
+    const int pairs = params.batch * params.heads;
+    const int m_blocks = ceil_div(params.q_rows, spec::kTileM);
+    const int fitting = fitting_pairs(params, params.kv_rows);
+    if constexpr (spec::kWindowRight) {
+      const int in_round = max(1, ctas_ / m_blocks);
+      set_sections(pairs, in_round);
+      by_pair_ = m_blocks <= kFewBlocks && fill_rounds(pairs, m_blocks);
+      if (by_pair_) {
+        ctas_ = per_section_ * m_blocks;
+      } else {
+        set_sections(pairs, max(fitting, in_round));
+      }
     } else {
-      found = find_dense(tile, index);
+      // Where fewer fit, CTAs that share keys and values had better be neighbours, as they are without sections.
+      per_section_ = fitting >= ctas_ / 3 ? min(fitting, pairs) : 1;
+      sections_ = ceil_div(pairs, per_section_);
     }
-    if (!found) return false;
-    if (lane_index() == 0) shared_tile = tile;
-    __syncwarp();
-    find_keys(shared_tile);
-    return true;
   }
 
- private:
-  // Pairs of sequence and head.
-  __device__ __forceinline__ int pairs() const { return params_.batch * params_.heads; }
-
-  __device__ __forceinline__ bool find_dense(Tile& tile, int index) {
+  // The next tile's rows, if there is one. All lanes take part.
+  __device__ __forceinline__ bool next(Tile& tile) {
     const int heads = opaque(params_.heads);
     const int q_rows = opaque(params_.q_rows);
     const int pairs = heads * params_.batch;
-    const int m_blocks = (q_rows + kTileRows - 1) / kTileRows;
-    if (index >= m_blocks * pairs) return false;
-    const int pairs_per_section = opaque(pairs_per_section_);
-    const int section = index / (pairs_per_section * m_blocks);
-    const int first = section * pairs_per_section;
-    const int width = min(pairs_per_section, pairs - first);
-    const int in_section = index - first * m_blocks;
-    const int pair = first + in_section % width;
-    const int m_block = in_section / width;
-    const bool rising = spec::kWindowRight && (sections_ - section) % 2 == 0;
-    tile.sequence = pair / heads;
-    tile.head = pair % heads;
+    const int m_blocks = ceil_div(q_rows, spec::kTileM);
+    const bool reversed = spec::kWindowRight && sections_ == 1 && round_ % 2 == 1;
+    const int cta = blockIdx.x;
+    const int index = round_ * ctas_ + (reversed ? ctas_ - 1 - cta : cta);
+    ++round_;
+    if (cta >= ctas_ || index >= m_blocks * pairs) return false;
+    const Place place(index, pairs, m_blocks, opaque(per_section_), by_pair_);
+    const bool rising = spec::kWindowRight && (sections_ - place.section) % 2 == 0;
+    tile.sequence = place.pair / heads;
+    tile.head = place.pair % heads;
     tile.q_group = tile.sequence;
-    tile.q_index = tile.q_row = (rising ? m_block : m_blocks - 1 - m_block) * kTileRows;
-    tile.rows = min(kTileRows, q_rows - tile.q_row);
+    tile.q_index = tile.q_row = (rising ? place.m_block : m_blocks - 1 - place.m_block) * spec::kTileM;
+    tile.rows = min(spec::kTileM, q_rows - tile.q_row);
     tile.q_len = q_rows;
     return true;
   }
 
+ private:
+  // With more blocks than that a tile's own loads count, and even loads of CTAs, which sections of many rounds give.
+  static constexpr int kFewBlocks = 8;
+
+  // Sections of about so many pairs: one or an even number, for lengths rise in one what they fall in the next; of many
+  // sections one does not matter.
+  __device__ __forceinline__ void set_sections(int pairs, int width) {
+    per_section_ = min(pairs, width);
+    sections_ = ceil_div(pairs, per_section_);
+    while (sections_ % 2 == 1 && sections_ > 1 && per_section_ < 2 * width) {
+      per_section_ = ceil_div(pairs, sections_ - 1);
+      sections_ = ceil_div(pairs, per_section_);
+    }
+  }
+
+  // Whether each section is a round, and no more than a tenth of the CTAs have nothing to do in them.
+  __device__ __forceinline__ bool fill_rounds(int pairs, int m_blocks) const {
+    return per_section_ * m_blocks <= ctas_ && (sections_ == 1 || 10ll * pairs * m_blocks >= 9ll * sections_ * ctas_);
+  }
+
+  const Params& params_;
+  int ctas_ = gridDim.x;  // that take part in a round
+  int round_ = 0;
+  int per_section_ = 1;  // pairs
+  int sections_;
+  bool by_pair_ = false;
+};
+
+// Packed queries: draws.
+class PackedSchedule {
+ public:
+  __device__ __forceinline__ PackedSchedule(const Operands& operands, const Params& params)
+      : operands_(operands), params_(params) {}
+
+  // The next tile's rows, if there is one. All lanes take part.
+  //
   // A group of n sequences is n + 2 segments of rows: before the first, the sequences, after the last. A warp looks at
   // a chunk of 32 segments at a time and remembers where it stands, as later tiles never lie further back.
-  __device__ __forceinline__ bool find_packed(Tile& tile, int index) {
+  __device__ __forceinline__ bool next(Tile& tile) {
+    const int index = draw();
     const int q_groups = opaque(params_.q_groups);
     const int q_rows = opaque(params_.q_rows);
     const int heads = opaque(params_.heads);
@@ -112,7 +164,7 @@ class Schedule {
       end = max(warp_scan_max(group * q_rows + end), chunk_row_);
       int begin = __shfl_up_sync(kAllLanes, end, 1);
       if (lane_index() == 0) begin = chunk_row_;
-      const int m_blocks = (end - begin + kTileRows - 1) / kTileRows;
+      const int m_blocks = ceil_div(end - begin, spec::kTileM);
       const int tiles_end = chunk_tiles_ + warp_scan_sum(m_blocks * heads);
       const u32 later = __ballot_sync(kAllLanes, tiles_end > index);
       if (later == 0) {
@@ -128,9 +180,12 @@ class Schedule {
       const int owner_group = __shfl_sync(kAllLanes, group, owner);
       const int owner_in_group = __shfl_sync(kAllLanes, in_group, owner);
       const int local = index - (__shfl_sync(kAllLanes, tiles_end, owner) - owner_m_blocks * heads);
-      tile.head = local / owner_m_blocks;
-      tile.q_index = (owner_m_blocks - 1 - local % owner_m_blocks) * kTileRows;
-      tile.rows = min(kTileRows, owner_end - owner_begin - tile.q_index);
+      // A sequence has about as many keys as queries. All tiles are of one length where no mask cuts them.
+      const int per_section = spec::kWindowRight ? min(heads, fitting_pairs(params_, owner_end - owner_begin)) : 1;
+      const Place place(local, heads, owner_m_blocks, per_section, false);
+      tile.head = place.pair;
+      tile.q_index = (owner_m_blocks - 1 - place.m_block) * spec::kTileM;
+      tile.rows = min(spec::kTileM, owner_end - owner_begin - tile.q_index);
       tile.q_group = owner_group;
       tile.q_row = owner_begin - owner_group * q_rows + tile.q_index;
       const bool in_sequence = owner_in_group >= 1 && owner_in_group <= sequences;
@@ -141,46 +196,86 @@ class Schedule {
     return false;
   }
 
-  // The used lengths of the tile's sequence, and where its keys lie.
-  __device__ __forceinline__ void find_keys(Tile& tile) {
-    const int sequence = tile.sequence;
-    if (spec::kSequsedQ && sequence >= 0 && lane_index() == 0) {
-      tile.q_len = clamp(__ldg(operands_.seqused_q + sequence), 0, tile.q_len);
+ private:
+  // The first tile of a CTA is its own; without a counter there are no more.
+  __device__ __forceinline__ int draw() {
+    int index = blockIdx.x;
+    if (drew_) {
+      index = 0x7fffffff;
+      if (operands_.draws != nullptr && lane_index() == 0) index = gridDim.x + atomicAdd(operands_.draws, 1);
+      index = uniform(index);
     }
-    int kv_group = 0;
-    int kv_row = 0;
-    int kv_len = 0;
-    if (sequence >= 0) {
-      kv_group = sequence;
-      kv_len = params_.kv_rows;
-      if constexpr (spec::kPackedK) {
-        const int sequences = opaque(params_.batch) / params_.kv_groups;
-        kv_group = sequence / sequences;
-        const int in_group = sequence - kv_group * sequences;
-        const int* cu_seqlens = operands_.cu_seqlens_k + static_cast<i64>(kv_group) * (sequences + 1);
-        kv_row = boundary(cu_seqlens, in_group, params_.kv_rows);
-        kv_len = max(kv_row, min(__ldg(cu_seqlens + in_group + 1), params_.kv_rows)) - kv_row;
-      }
-      if constexpr (spec::kSequsedK) kv_len = clamp(__ldg(operands_.seqused_k + sequence), 0, kv_len);
-    }
-    if (lane_index() == 0) {
-      tile.kv_group = kv_group;
-      tile.kv_row = kv_row;
-      tile.kv_len = kv_len;
-    }
-    __syncwarp();
+    drew_ = true;
+    return index;
   }
 
   const Operands& operands_;
   const Params& params_;
-  int round_ = 0;
-  // Used under a causal mask or another right window alone:
-  int pairs_per_section_ = 1;  // pairs are worked on in sections of so many,
-  int sections_ = 1;           // and how many sections there are.
-  // Used with packed queries alone:
+  bool drew_ = false;
   int chunk_ = 0;        // first segment of the 32 that the warp looks at,
   int chunk_row_ = 0;    // where it begins, counted over all groups,
   int chunk_tiles_ = 0;  // and the tiles before it
+};
+
+// The used lengths of the tile's sequence, and where its keys lie.
+__device__ __forceinline__ void find_keys(Tile& tile, const Operands& operands, const Params& params) {
+  const int sequence = tile.sequence;
+  if (spec::kSequsedQ && sequence >= 0 && lane_index() == 0) {
+    tile.q_len = clamp(__ldg(operands.seqused_q + sequence), 0, tile.q_len);
+  }
+  int kv_group = 0;
+  int kv_row = 0;
+  int kv_len = 0;
+  if (sequence >= 0) {
+    kv_group = sequence;
+    kv_len = params.kv_rows;
+    if constexpr (spec::kPackedK) {
+      const int sequences = opaque(params.batch) / params.kv_groups;
+      kv_group = sequence / sequences;
+      const int in_group = sequence - kv_group * sequences;
+      const int* cu_seqlens = operands.cu_seqlens_k + static_cast<i64>(kv_group) * (sequences + 1);
+      kv_row = boundary(cu_seqlens, in_group, params.kv_rows);
+      kv_len = max(kv_row, min(__ldg(cu_seqlens + in_group + 1), params.kv_rows)) - kv_row;
+    }
+    if constexpr (spec::kSequsedK) kv_len = clamp(__ldg(operands.seqused_k + sequence), 0, kv_len);
+  }
+  if (lane_index() == 0) {
+    tile.kv_group = kv_group;
+    tile.kv_row = kv_row;
+    tile.kv_len = kv_len;
+  }
+  __syncwarp();
+}
+
+template <bool kPacked>
+struct ScheduleOf {
+  using Type = DenseSchedule;
+};
+template <>
+struct ScheduleOf<true> {
+  using Type = PackedSchedule;
+};
+
+// Finds tile after tile, into shared memory: registers are few here.
+class Schedule {
+ public:
+  __device__ __forceinline__ Schedule(const Operands& operands, const Params& params)
+      : operands_(operands), params_(params), rows_(operands, params) {}
+
+  // Whether there is a next tile. All lanes take part.
+  __device__ __forceinline__ bool next(Tile& shared_tile) {
+    Tile tile;
+    if (!rows_.next(tile)) return false;
+    if (lane_index() == 0) shared_tile = tile;
+    __syncwarp();
+    find_keys(shared_tile, operands_, params_);
+    return true;
+  }
+
+ private:
+  const Operands& operands_;
+  const Params& params_;
+  ScheduleOf<spec::kPackedQ>::Type rows_;
 };
 
 }  // namespace jax_flash

@@ -29,11 +29,11 @@ struct Softmax {
 
   // Turns scores into probabilities 2^(scale * (s - max)) and tells by what to multiply what was summed up before.
   // The maximum may lag behind by a factor of 2^kRescaleThreshold, so that most blocks change nothing.
-  template <int kCount>
+  template <bool kPositive, int kCount>
   __device__ __forceinline__ void update(float (&s)[kCount], float (&rescale)[kRowsPerThread]) {
     float largest[kRowsPerThread];
     float shift[kRowsPerThread];
-    find_largest(s, largest);
+    find_largest<kPositive>(s, largest);
 #pragma unroll
     for (int r = 0; r < kRowsPerThread; ++r) {
       if (spec::kRescaleThreshold == 0) {
@@ -57,13 +57,18 @@ struct Softmax {
         row_sum[r] += s[i];
         row_sum[r] += s[i + 1];
       }
+      if (r < spec::kOverlap) hold(row_sum[r], rescale[r]);
     }
   }
 
-  // The largest score of each row, those before included.
-  template <int kCount>
+  // Whether the maxima of a thread's rows are positive, as they remain then.
+  __device__ __forceinline__ bool positive() const { return row_max[0] > 0.0f && row_max[1] > 0.0f; }
+
+  // The largest score of each row, those before included. With a positive one among them, floats compare as integers
+  // do, of which one instruction takes three.
+  template <bool kPositive, int kCount>
   __device__ __forceinline__ void find_largest(const float (&s)[kCount], float (&largest)[kRowsPerThread]) {
-    if (spec::kIntegerMax && __all_sync(kAllLanes, row_max[0] > 0.0f && row_max[1] > 0.0f)) {
+    if constexpr (kPositive) {
 #pragma unroll
       for (int r = 0; r < kRowsPerThread; ++r) {
         int bits = __float_as_int(row_max[r]);

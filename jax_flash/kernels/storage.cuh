@@ -42,18 +42,7 @@ struct Pipe {
   }
 
   // All lanes of a reading warp are done with the buffer.
-  __device__ __forceinline__ void release() {
-    if (lane_index() == 0) empty.arrive();
-  }
-
-  // The same for a buffer that all CTAs of a cluster fill together.
-  __device__ __forceinline__ void release_to_cluster() {
-    if constexpr (spec::kCluster == 1) {
-      release();
-    } else {
-      if (lane_index() < spec::kCluster) empty.arrive_at(lane_index());
-    }
-  }
+  __device__ __forceinline__ void release() { empty.arrive_if(lane_index() == 0); }
 };
 
 // Whether rows around the used keys may hold anything.
@@ -62,13 +51,14 @@ constexpr bool kClears = spec::kPackedK || spec::kSequsedK;
 // What is known of a tile, from the warp that finds it until all its readers are done. No rows end the work.
 struct Work {
   Pipe pipe;
+  Barrier located;  // where the tile and its blocks lie is known, scales not yet: loads need not wait for those
   Tile tile;
   int kv_head;
   float scale;
   float v_scale;
   float sink;
   Blocks blocks;                    // that some row sees,
-  Blocks of_warpgroup[kConsumers];  // and that 64 of the rows see, those of one of this CTA's consumers
+  Blocks of_warpgroup[kConsumers];  // and that the 64 rows of each consumer see
 
   // A reading warp is done with it, whatever its lanes did apart.
   __device__ __forceinline__ void release() {
@@ -77,18 +67,21 @@ struct Work {
   }
 };
 
-// One whose rows are stored, one whose scores are computed, one to come and one that is being found.
-constexpr int kWorkSlots = 4;
+// One whose rows are stored, one whose scores are computed, and one to come: no more, for what a CTA has drawn no other
+// can work on.
+constexpr int kWorkSlots = 3;
 
-// Where a warp's 16 rows of the output change hands, 128 bytes of each at a time.
+// Where a warp's 16 rows of the output wait for TMA, 64 columns in a buffer.
 constexpr int kWarpRows = 16;
-constexpr int kStageBytes = kWarpRows * kSwizzleBytes;
+constexpr int kOutColumns = 64;
+constexpr int kOutBytes = kWarpRows * kSwizzleBytes;
+constexpr int kOutBuffers = spec::kHeadDimV > kOutColumns ? 2 : 1;
 
 struct alignas(1024) SharedStorage {
   u8 q[spec::kQStages][kConsumers][kQBytes];
   u8 k[spec::kStages][kKBytes];
   u8 v[spec::kStages][kVBytes];
-  u8 out[kConsumerWarps][kStageBytes];
+  u8 out[kConsumerWarps][kOutBuffers][kOutBytes];
   Pipe q_pipe[spec::kQStages][kConsumers];
   Pipe k_pipe[spec::kStages];
   Pipe v_pipe[spec::kStages];
@@ -96,19 +89,35 @@ struct alignas(1024) SharedStorage {
   Work work[kWorkSlots];
 
   __device__ __forceinline__ void init() {
-    for (int slot = 0; slot < kWorkSlots; ++slot) work[slot].pipe.init(kConsumerWarps + kClears);
+    for (int slot = 0; slot < kWorkSlots; ++slot) {
+      work[slot].pipe.init(kConsumerWarps + kClears);
+      work[slot].located.init(1);
+    }
     for (int stage = 0; stage < spec::kQStages; ++stage) {
       for (int consumer = 0; consumer < kConsumers; ++consumer) {
         q_pipe[stage][consumer].init(kWarpgroupSize / kWarpSize);
       }
     }
     for (int stage = 0; stage < spec::kStages; ++stage) {
-      k_pipe[stage].init(spec::kCluster * kConsumerWarps);
-      v_pipe[stage].init(spec::kCluster * kConsumerWarps);
+      k_pipe[stage].init(kConsumerWarps);
+      v_pipe[stage].init(kConsumerWarps);
       v_landed[stage].init(1);
     }
   }
 };
 static_assert(sizeof(SharedStorage) == spec::kSharedBytes, "heuristics.py counts the same bytes");
+
+// Calls `use` with each tile as it is located, until there are no more.
+template <typename Use>
+__device__ __forceinline__ void each_work(SharedStorage& shared, Use use) {
+  Ring<kWorkSlots> ring;
+  while (true) {
+    Work& work = shared.work[ring.slot];
+    work.located.wait(ring.phase);
+    if (work.tile.rows == 0) return;
+    use(work);
+    ring.advance();
+  }
+}
 
 }  // namespace jax_flash

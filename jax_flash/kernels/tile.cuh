@@ -7,13 +7,7 @@
 
 namespace jax_flash {
 
-// Rows of a tile: kTileM for each CTA of the cluster.
-constexpr int kTileRows = spec::kTileM * spec::kCluster;
-
-// The first of them that is this CTA's.
-__device__ __forceinline__ int cta_first_row() { return spec::kCluster == 1 ? 0 : cluster_rank() * spec::kTileM; }
-
-// kTileRows rows of Q of one head.
+// kTileM rows of Q of one head.
 struct Tile {
   int head;
   int sequence;  // -1: rows of no sequence, whose output is zero

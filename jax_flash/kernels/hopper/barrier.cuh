@@ -20,15 +20,16 @@ struct Barrier {
     asm volatile("mbarrier.arrive.shared::cta.b64 _, [%0];" ::"r"(shared_address(this)) : "memory");
   }
 
-  // The same barrier of another CTA of the cluster.
-  __device__ __forceinline__ void arrive_at(int rank) {
+  // By threads of which this holds: without a branch, after which ptxas would take nothing for the same in all lanes
+  // and keep what wgmma and barriers need in registers of each lane.
+  __device__ __forceinline__ void arrive_if(bool condition) {
     asm volatile(
         "{\n"
-        ".reg .b32 there;\n"
-        "mapa.shared::cluster.u32 there, %0, %1;\n"
-        "mbarrier.arrive.shared::cluster.b64 _, [there];\n"
+        ".reg .pred arrives;\n"
+        "setp.ne.b32 arrives, %1, 0;\n"
+        "@arrives mbarrier.arrive.shared::cta.b64 _, [%0];\n"
         "}" ::"r"(shared_address(this)),
-        "r"(rank)
+        "r"(static_cast<int>(condition))
         : "memory");
   }
 
@@ -54,7 +55,7 @@ struct Barrier {
   }
 };
 
-// Makes initialised mbarriers visible to TMA; a barrier of the CTA or cluster must follow.
+// Makes initialised mbarriers visible to TMA; __syncthreads must follow.
 __device__ __forceinline__ void fence_barrier_init() {
   asm volatile("fence.mbarrier_init.release.cluster;" ::: "memory");
 }
@@ -68,16 +69,33 @@ __device__ __forceinline__ void named_arrive(int barrier, int threads) {
   asm volatile("bar.arrive %0, %1;" ::"r"(barrier), "r"(threads) : "memory");
 }
 
-// A ring of kStages buffers between one producer and its consumers: slot and phase of the next step, in one register.
+// Whether the condition holds in each of the `threads` threads that sync with the named barrier.
+__device__ __forceinline__ bool named_all(int barrier, int threads, bool condition) {
+  int all;
+  asm volatile(
+      "{\n"
+      ".reg .pred mine, all;\n"
+      "setp.ne.b32 mine, %3, 0;\n"
+      "bar.red.and.pred all, %1, %2, mine;\n"
+      "selp.b32 %0, 1, 0, all;\n"
+      "}"
+      : "=r"(all)
+      : "r"(barrier), "r"(threads), "r"(static_cast<int>(condition))
+      : "memory");
+  return all != 0;
+}
+
+// A ring of kStages buffers between one producer and its consumers: slot and phase of the next step.
 template <int kStages>
 struct Ring {
-  int step = 0;
-
-  __device__ __forceinline__ int slot() const { return step < kStages ? step : step - kStages; }
-  __device__ __forceinline__ u32 phase() const { return step < kStages ? 0 : 1; }
+  int slot = 0;
+  u32 phase = 0;
 
   __device__ __forceinline__ void advance() {
-    if (++step == 2 * kStages) step = 0;
+    if (++slot == kStages) {
+      slot = 0;
+      phase ^= 1;
+    }
   }
 };
 

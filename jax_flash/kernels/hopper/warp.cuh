@@ -23,24 +23,6 @@ __device__ __forceinline__ int opaque(int x) {
   return x;
 }
 
-// CTAs of the grid, read anew each time.
-__device__ __forceinline__ int grid_size() {
-  u32 size;
-  asm volatile("mov.u32 %0, %%nctaid.x;" : "=r"(size));
-  return size;
-}
-
-// The CTAs of a cluster: which one this is, and a barrier among all their threads.
-__device__ __forceinline__ int cluster_rank() {
-  u32 rank;
-  asm("mov.u32 %0, %%cluster_ctarank;" : "=r"(rank));
-  return rank;
-}
-
-__device__ __forceinline__ void sync_cluster() {
-  asm volatile("barrier.cluster.arrive.aligned;\nbarrier.cluster.wait.aligned;" ::: "memory");
-}
-
 template <int kRegisters>
 __device__ __forceinline__ void grow_registers() {
   static_assert(kRegisters % 8 == 0 && kRegisters >= 24 && kRegisters <= 256, "setmaxnreg takes multiples of 8");
@@ -56,6 +38,19 @@ __device__ __forceinline__ void shrink_registers() {
 // Makes this thread's writes to shared memory visible to TMA and wgmma; a barrier among the threads must follow.
 __device__ __forceinline__ void fence_shared_for_async() {
   asm volatile("fence.proxy.async.shared::cta;" ::: "memory");
+}
+
+// Whatever x takes is computed above this, a store that never happens, for `positive` is never less than 0. Else ptxas
+// moves arithmetic below a wait for the tensor cores that it stands above.
+__device__ __forceinline__ void hold(float x, float positive) {
+  asm volatile(
+      "{\n"
+      ".reg .pred never;\n"
+      "setp.lt.f32 never, %1, 0f00000000;\n"
+      "@never st.shared.f32 [%2], %0;\n"
+      "}" ::"f"(x),
+      "f"(positive), "r"(0)
+      : "memory");
 }
 
 // Reductions over the 4 lanes that share an accumulator row.
