@@ -1,7 +1,8 @@
 """python -m benchmarks SUITE: every installed library on the same inputs, interleaved in one process.
 
-Writes benchmarks/results/<device>-<suite>.json. A comparison counts within one file alone: absolute numbers move by
-several percent between runs and machines.
+Writes benchmarks/results/<device>-<suite>.json. A comparison counts within one row alone, which one process measures:
+absolute numbers move by several percent between runs and machines. A suite that was cut off goes on with the rows that
+its file lacks.
 """
 
 from __future__ import annotations
@@ -16,6 +17,7 @@ import pathlib
 import platform
 import subprocess
 import sys
+from concurrent.futures import ThreadPoolExecutor
 
 # Peers in PyTorch share the GPU with JAX.
 os.environ.setdefault("XLA_PYTHON_CLIENT_PREALLOCATE", "false")
@@ -24,7 +26,7 @@ import jax
 import numpy as np
 
 from benchmarks import host, report, tune
-from benchmarks.libraries import LIBRARIES, ceilings, medians, on_gpu, prepare
+from benchmarks.libraries import LIBRARIES, ceilings, input_sets, medians, on_gpu, prepare
 from benchmarks.suites import SUITES, Row
 from jax_flash import heuristics
 
@@ -38,9 +40,12 @@ def measure(row: Row) -> tuple[dict[str, float], dict[str, str]]:
     """The median time in seconds of each library that runs a row, over all rounds, and why the others do not."""
     timers, refused = {}, {}
     ours = None
-    for name in LIBRARIES:
+    input_sets(row)
+    with ThreadPoolExecutor(len(LIBRARIES)) as pool:  # each compiles for itself
+        prepared = {name: pool.submit(prepare, name, row) for name in LIBRARIES}
+    for name, future in prepared.items():
         try:
-            result, timer = prepare(name, row)
+            result, timer = future.result()
         except Exception as error:  # whatever a peer raises is an answer
             refused[name] = (str(error).splitlines() or [type(error).__name__])[0][:200]
             continue
@@ -83,15 +88,25 @@ def progress(done: int, total: int, row: Row | None) -> None:
         print(f"\r[{'#' * filled}{'.' * (40 - filled)}] {done}/{total}{end:40}", end="", file=sys.stderr, flush=True)
 
 
-def run(name: str) -> None:
+def begun(path: pathlib.Path) -> dict:
+    """What a file has of a suite measured in this environment; else the beginning of one."""
+    here = environment()
+    if path.exists() and (results := json.loads(path.read_text()))["environment"] == here:
+        return results
+    return {"environment": here, "ceilings": ceilings() if on_gpu() else {}, "rows": []}
+
+
+def run(name: str, folder: pathlib.Path = report.RESULTS) -> None:
     """Measures a suite, writes its file after every row, and prints its table."""
     suite = SUITES[name]
-    folder = pathlib.Path(__file__).parent / "results"
     folder.mkdir(exist_ok=True)
     device = "cpu" if not on_gpu() else device_name().lower().replace(" ", "-")
     path = folder / f"{device}-{name}.json"
-    results = {"environment": environment(), "ceilings": ceilings() if on_gpu() else {}, "rows": []}
+    results = begun(path)
+    measured = {entry["row"] for entry in results["rows"]}
     for number, row in enumerate(suite.rows):
+        if str(row) in measured:
+            continue
         progress(number, len(suite.rows), row)
         seconds, refused = measure(row)
         problem = dataclasses.asdict(row)

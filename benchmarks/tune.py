@@ -27,10 +27,9 @@ CHOICES: dict[str, tuple[int | bool, ...]] = {
     "q_stages": (1, 2),
     "stages": (2, 3, 4),
     "ping_pong": (True, False),
-    "late_store": (False, True),
+    "overlap": (0, 1, 2),
     "rescale_threshold": (0, 8),
     "integer_max": (False, True),
-    "cluster": (1, 2),
 }
 
 NOISE = 1.003
@@ -40,7 +39,7 @@ ROUNDS = 2
 def spec_of(base: KernelSpec, choices: dict) -> KernelSpec | None:
     """The kernel with these choices, or None if it does not fit or ptxas spills."""
     spec = heuristics.with_choices(base, **choices)
-    if spec.shared_bytes > heuristics.SHARED_LIMIT or spec.tile_n % (8 * spec.cluster):
+    if spec.shared_bytes > heuristics.SHARED_LIMIT:
         return None
     return spec if jit.compile(codegen.source("forward.cu", spec)).clean else None
 

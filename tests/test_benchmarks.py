@@ -12,10 +12,11 @@ import pytest
 
 sys.path.append(str(pathlib.Path(__file__).parent.parent))  # after the installed package, which the folder has too
 
+from benchmarks import __main__ as benchmarks_main
 from benchmarks import report
 from benchmarks.__main__ import measure
 from benchmarks.libraries import LIBRARIES
-from benchmarks.suites import SUITES, dense, packed
+from benchmarks.suites import SUITES, Suite, dense, packed
 
 SMALL = dense("bfloat16", 2, 24, 3, 64, causal=True)
 
@@ -58,6 +59,27 @@ def test_libraries_are_timed_or_say_why_not():
     assert seconds.keys() | refused.keys() == LIBRARIES.keys()
     assert {"jax_flash", "jax.nn"} <= seconds.keys()
     assert all(time > 0 for time in seconds.values())
+
+
+def test_a_suite_that_was_cut_off_goes_on(tmp_path, monkeypatch):
+    rows = tuple(dataclasses.replace(SMALL, head_dim=dim) for dim in (16, 32, 48))
+    monkeypatch.setitem(SUITES, "cases", Suite(rows=rows))
+    done = []
+
+    def measured(row):
+        if len(done) == 2:
+            raise KeyboardInterrupt
+        done.append(row)
+        return {"jax_flash": 1e-3}, {}
+
+    monkeypatch.setattr(benchmarks_main, "measure", measured)
+    with pytest.raises(KeyboardInterrupt):
+        benchmarks_main.run("cases", tmp_path)
+    monkeypatch.setattr(benchmarks_main, "measure", lambda row: (done.append(row), ({"jax_flash": 1e-3}, {}))[1])
+    benchmarks_main.run("cases", tmp_path)
+    assert tuple(done) == rows
+    (path,) = tmp_path.iterdir()
+    assert [entry["row"] for entry in json.loads(path.read_text())["rows"]] == [str(row) for row in rows]
 
 
 def test_table_marks_the_best(tmp_path):
