@@ -218,8 +218,7 @@ Status LaunchKernel(CUstream stream, const LoadedKernel& loaded, ffi::RemainingA
   CUDA_CHECK(cuDeviceGetAttribute, &multiprocessors, CU_DEVICE_ATTRIBUTE_MULTIPROCESSOR_COUNT, device);
   CUDA_CHECK(cuKernelSetAttribute, CU_FUNC_ATTRIBUTE_MAX_DYNAMIC_SHARED_SIZE_BYTES,
              static_cast<int>(attributes.shared_bytes), loaded.kernel, device);
-  CUlaunchConfig config = {};
-  config.gridDimX = static_cast<unsigned>(std::min<int64_t>(attributes.max_grid, multiprocessors));
+  // CTAs that have one piece of work each draw nothing: no counter, and no memset in front of a short kernel.
   if (attributes.draws != 0) {
     void*& draws = pointers.pointers[count - 1];
     if (attributes.max_grid > multiprocessors) {
@@ -228,6 +227,8 @@ Status LaunchKernel(CUstream stream, const LoadedKernel& loaded, ffi::RemainingA
       draws = nullptr;
     }
   }
+  CUlaunchConfig config = {};
+  config.gridDimX = static_cast<unsigned>(std::min<int64_t>(attributes.max_grid, multiprocessors));
   config.blockDimX = static_cast<unsigned>(attributes.threads);
   config.gridDimY = config.gridDimZ = config.blockDimY = config.blockDimZ = 1;
   config.sharedMemBytes = static_cast<unsigned>(attributes.shared_bytes);

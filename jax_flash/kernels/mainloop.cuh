@@ -67,7 +67,7 @@ class Consumer {
     while (more) {
       if (block_ < begin_) {
         release_q();
-        skip(leading() + 1 + block_ - uniform(work_->blocks.begin));
+        skip(work_->blocks.end - work_->blocks.begin);
         store_blind();
         work_->release();
         more = take();
@@ -85,7 +85,7 @@ class Consumer {
         other_blocks(s, p, o, softmax, rescale);
         Work& work = *work_;
         const Softmax finished = softmax;
-        const int trailing = spec::kWindowLeft ? begin_ - uniform(work.blocks.begin) : 0;
+        const int trailing = spec::kWindowLeft ? begin_ - work.blocks.begin : 0;
         // Blocks skipped ahead of the next tile's Q hold both buffers of K while this tile's last values are
         // unmultiplied and turns are owed: one may, two may not.
         more = take(trailing <= 1);
@@ -194,7 +194,7 @@ class Consumer {
   }
 
   // Blocks of the tile that come before this warpgroup's first.
-  __device__ __forceinline__ int leading() const { return uniform(work_->blocks.end) - 1 - block_; }
+  __device__ __forceinline__ int leading() const { return work_->blocks.end - 1 - block_; }
 
   // Blocks that only other warpgroups' rows see.
   __device__ __forceinline__ void skip(int count) {

@@ -82,7 +82,6 @@ class DenseSchedule {
     } else {
       // Where fewer fit, CTAs that share keys and values had better be neighbours, as they are without sections.
       per_section_ = fitting >= ctas_ / 3 ? min(fitting, pairs) : 1;
-      sections_ = ceil_div(pairs, per_section_);
     }
   }
 
@@ -131,9 +130,9 @@ class DenseSchedule {
   const Params& params_;
   int ctas_ = gridDim.x;  // that take part in a round
   int round_ = 0;
-  int per_section_ = 1;  // pairs
-  int sections_;
+  int per_section_;  // pairs
   bool by_pair_ = false;
+  int sections_;  // known under a right window, where alone lengths differ
 };
 
 // Packed queries: draws.
