@@ -1,7 +1,7 @@
 """Who is measured: jax_flash and its peers. For a row each gives the function that computes it, or refuses.
 
 A function takes q, k and v, and cu_seqlens where the row is packed. A timer runs a burst of calls and gives the time of
-each in seconds: kernel time on a GPU, by CUPTI for JAX and by torch.profiler for PyTorch; wall time on the CPU.
+each in seconds: kernel time by CUPTI on a GPU, wall time on the CPU.
 """
 
 from __future__ import annotations
@@ -84,6 +84,27 @@ def without(row: Row, *features: str) -> None:
             raise Refusal(f"takes no {feature}")
 
 
+def kernel_seconds(call: Callable[[], object], wait: Callable[[object], object]) -> list[float]:
+    """Kernel time of each call of a burst by CUPTI, as jax.experimental.mosaic.gpu.profiler.measure has it for JAX
+    alone. CUPTI serves one profiler at a time, and torch.profiler would not let go of it."""
+    from jax._src.lib import mosaic_gpu
+
+    extension = mosaic_gpu._mosaic_gpu_ext
+    wait(call())
+    extension._cupti_init()
+    try:
+        for result in [call() for _ in range(BURST)]:
+            wait(result)
+    finally:
+        kernels = extension._cupti_get_timings(True)
+    per_call = len(kernels) // BURST
+    assert per_call * BURST == len(kernels) > 0, f"{len(kernels)} kernels in {BURST} calls"
+    return [
+        sum(milliseconds for _, milliseconds in kernels[i : i + per_call]) * 1e-3
+        for i in range(0, len(kernels), per_call)
+    ]
+
+
 # Functions in JAX.
 
 
@@ -162,13 +183,11 @@ def jax_timer(function: Callable, sets: list[tuple]) -> tuple[jax.Array, Timer]:
             times.append((time.perf_counter() - start) / len(sets))
         return times
 
-    def by_cupti():
-        from jax.experimental.mosaic.gpu import profiler
+    def on_a_gpu():
+        times = kernel_seconds(lambda: compiled(sets), jax.block_until_ready)
+        return [seconds / len(sets) for seconds in times]
 
-        _, milliseconds = profiler.measure(compiled, iterations=BURST)(sets)
-        return [t * 1e-3 / len(sets) for t in milliseconds]
-
-    return result, by_cupti if on_gpu() else on_cpu
+    return result, on_a_gpu if on_gpu() else on_cpu
 
 
 def medians(timers: Mapping[Name, Timer], rounds: int) -> dict[Name, float]:
@@ -208,20 +227,13 @@ def torch_timer(function: Callable, sets: list[tuple]) -> tuple[jax.Array, Timer
     torch_sets = [tuple(map(to_torch, arguments)) for arguments in sets]
     result = function(*torch_sets[0])
 
-    def by_profiler():
-        torch.cuda.synchronize()
-        with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CUDA]) as profile:
-            for _ in range(BURST):
-                for arguments in torch_sets:
-                    function(*arguments)
-            torch.cuda.synchronize()
-        kernels = [e for e in profile.events() if e.device_type == torch.autograd.DeviceType.CUDA]
-        kernels.sort(key=lambda event: event.time_range.start)
-        per_call = len(kernels) // BURST
-        calls = [kernels[i : i + per_call] for i in range(0, len(kernels), per_call)]
-        return [sum(event.time_range.elapsed_us() for event in call) * 1e-6 / len(sets) for call in calls]
+    def on_a_gpu():
+        times = kernel_seconds(
+            lambda: [function(*arguments) for arguments in torch_sets], lambda _: torch.cuda.synchronize()
+        )
+        return [seconds / len(sets) for seconds in times]
 
-    return jnp.from_dlpack(result.float().contiguous()), by_profiler
+    return jnp.from_dlpack(result.float().contiguous()), on_a_gpu
 
 
 LIBRARIES = {

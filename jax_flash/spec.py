@@ -192,7 +192,7 @@ class KernelSpec:
     ping_pong: bool
     """Whether consumer warpgroups take turns to issue their products."""
     overlap: int
-    """Rows of a thread, of two, whose exponentials come before the wait for PV; those of the others may follow it."""
+    """Eighths of a step's exponentials that come before the wait for PV; most of the others follow it."""
     rescale_threshold: int
     """The output is rescaled when a row's maximum has grown by more than this factor, in log2; 0: at every step."""
     integer_max: bool

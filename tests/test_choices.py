@@ -12,7 +12,7 @@ from jax_flash.spec import Call, Operands
 
 CHOICES = {
     "no-ping-pong": {"ping_pong": False, "overlap": 0},
-    "all-overlap": {"overlap": 2},
+    "all-overlap": {"overlap": 8},
     "three-consumers": {"tile_m": 192, "tile_n": 32, "q_stages": 1},
     "narrow": {"tile_n": 32, "q_stages": 1, "stages": 2},
     "deep": {"tile_n": 32, "stages": 4, "q_stages": 2},

@@ -114,12 +114,10 @@ __device__ __forceinline__ void store_32_bit(const Work& work, const Params& par
 // and infinities included, must not be stored.
 template <typename Out = spec::Out>
 __device__ __forceinline__ void store_rows(const Work& work, const Params& params, const Operands& operands,
-                                           const TensorMaps& maps, int first_row, Softmax softmax, Output& o,
+                                           const TensorMaps& maps, int first_row, float (&scale)[kRowsPerThread],
+                                           float (&lse)[kRowsPerThread], Output& o,
                                            u8 (&buffers)[kOutBuffers][kOutBytes]) {
   const Tile& tile = work.tile;
-  float scale[kRowsPerThread];
-  float lse[kRowsPerThread];
-  softmax.finish(work.sink, scale, lse);
 #pragma unroll
   for (int r = 0; r < kRowsPerThread; ++r) {
     const int row = first_row + lane_index() / 4 + 8 * r;

@@ -62,7 +62,6 @@ class Consumer {
     Probabilities<spec::Element, spec::kTileN> p;
     Output o;
     float rescale[kRowsPerThread];
-    clear(o);
     bool more = take();
     while (more) {
       if (block_ < begin_) {
@@ -73,37 +72,40 @@ class Consumer {
         more = take();
         continue;
       }
-      skip(leading());
-      Softmax softmax(work_->scale, params_);
+      skip(leading_);
+      Softmax softmax(scale_, params_);
       begin_scores(s);
       end_turn();
       finish_scores<0>(s);
       probabilities<true>(s, softmax, rescale);
+      begin_output(o, rescale);
       p.pack(s);
 
       while (true) {
         other_blocks(s, p, o, softmax, rescale);
         Work& work = *work_;
-        const Softmax finished = softmax;
+        float factor[kRowsPerThread], lse[kRowsPerThread];
+        softmax.finish(work.sink, factor, lse);
         const int trailing = spec::kWindowLeft ? begin_ - work.blocks.begin : 0;
         // Blocks skipped ahead of the next tile's Q hold both buffers of K while this tile's last values are
         // unmultiplied and turns are owed: one may, two may not.
         more = take(trailing <= 1);
-        const int skipped = trailing + leading();
+        const int skipped = trailing + leading_;
         const bool joined = more && block_ >= begin_ && skipped <= 1;
         if (!joined) {
           shared_.v_pipe[v_ring_.slot].full.wait(v_ring_.phase);
           values(p, o, rescale, [] {});
           skip(trailing);
           if (more && trailing > 1) wait_q();
-          store(work, finished, o);
+          store(work, factor, lse, o);
           break;
         }
-        softmax = Softmax(work_->scale, params_);
+        softmax = Softmax(scale_, params_);
         if (skipped > 0) skip_keys();
         step<true>(s, p, o, softmax, rescale);
         if (skipped > 0) skip_values();
-        store(work, finished, o);
+        store(work, factor, lse, o);
+        begin_output(o, rescale);
       }
     }
     if (lane_index() == 0) tma_wait_read();  // shared memory ends with the CTA
@@ -115,19 +117,23 @@ class Consumer {
     work_ = &shared_.work[work_ring_.slot];
     work_->pipe.full.wait(work_ring_.phase);
     work_ring_.advance();
-    if (uniform(work_->tile.rows) == 0) return false;
-    const Blocks& blocks = work_->of_warpgroup[warpgroup_];
+    const Blocks blocks = work_->of_warpgroup[warpgroup_];  // all loads at once
+    const int end = work_->blocks.end;
+    const int rows = work_->tile.rows;
+    scale_ = work_->scale;
     begin_ = uniform(blocks.begin);
     block_ = uniform(blocks.end) - 1;
+    leading_ = uniform(end) - 1 - block_;
     if constexpr (kLeftEdge) full_begin_ = uniform(blocks.full_begin);
     full_end_ = uniform(blocks.full_end);
+    if (uniform(rows) == 0) return false;
     if (q_can_come) wait_q();
     return true;
   }
 
   __device__ __forceinline__ void wait_q() {
     shared_.q_pipe[q_ring_.slot][warpgroup_].full.wait(q_ring_.phase);
-    if (work_->scale < 0.0f) negate_q();
+    if (scale_ < 0.0f) negate_q();
   }
 
   __device__ __forceinline__ void release_q() {
@@ -138,20 +144,14 @@ class Consumer {
   // The blocks of a tile that are left, down to the first one in memory.
   __device__ __forceinline__ void other_blocks(Scores& s, Probabilities<spec::Element, spec::kTileN>& p, Output& o,
                                                Softmax& softmax, float (&rescale)[kRowsPerThread]) {
-    while (block_ > max(full_end_, begin_)) {
+    const int last = kLeftEdge ? max(full_begin_, begin_) : begin_;
+    while (block_ > last && (block_ > full_end_ || (spec::kIntegerMax && !all_positive(softmax)))) {
       --block_;
       step<true>(s, p, o, softmax, rescale);
     }
-    const int last = kLeftEdge ? max(full_begin_, begin_) : begin_;
-    while (block_ > last && !(spec::kIntegerMax && all_positive(softmax))) {
+    while (block_ > last) {
       --block_;
-      step<false>(s, p, o, softmax, rescale);
-    }
-    if constexpr (spec::kIntegerMax) {
-      while (block_ > last) {
-        --block_;
-        step<false, true>(s, p, o, softmax, rescale);
-      }
+      step<false, spec::kIntegerMax>(s, p, o, softmax, rescale);
     }
     if constexpr (kLeftEdge) {
       while (block_ > begin_) {
@@ -192,9 +192,6 @@ class Consumer {
   __device__ __forceinline__ void end_turn() {
     if constexpr (spec::kPingPong) named_arrive(kTurnBarrier + (warpgroup_ + 1) % kConsumers, 2 * kWarpgroupSize);
   }
-
-  // Blocks of the tile that come before this warpgroup's first.
-  __device__ __forceinline__ int leading() const { return work_->blocks.end - 1 - block_; }
 
   // Blocks that only other warpgroups' rows see.
   __device__ __forceinline__ void skip(int count) {
@@ -282,12 +279,13 @@ class Consumer {
         for (int i = 0; i < spec::kTileV / 2; ++i) o[0][i] *= rescale[i / 2 % 2];
       }
       wgmma_fence();
-      issue_values(p, v, o[0], true);
+      issue_values(p, v, o[0], !replaces_);
       wgmma_commit();
       meanwhile();
       wgmma_wait<0>();
       fence_registers(o[0]);
     }
+    replaces_ = false;
     shared_.v_pipe[v_ring_.slot].release();
     v_ring_.advance();
   }
@@ -300,11 +298,17 @@ class Consumer {
     }
   }
 
-  __device__ __forceinline__ void clear(Output& o) {
+  // Before a tile's first values: those of 16 bits replace what the output holds, FP8 adds to it.
+  __device__ __forceinline__ void begin_output(Output& o, float (&rescale)[kRowsPerThread]) {
+    replaces_ = true;
 #pragma unroll
-    for (int piece = 0; piece < kPieces; ++piece) {
+    for (int r = 0; r < kRowsPerThread; ++r) rescale[r] = 1.0f;
+    if constexpr (kFp8) {
 #pragma unroll
-      for (int i = 0; i < spec::kTileV / 2; ++i) o[piece][i] = 0.0f;
+      for (int piece = 0; piece < kPieces; ++piece) {
+#pragma unroll
+        for (int i = 0; i < spec::kTileV / 2; ++i) o[piece][i] = 0.0f;
+      }
     }
   }
 
@@ -314,12 +318,12 @@ class Consumer {
   // Its number among the warps of this warpgroup.
   __device__ __forceinline__ int warp() const { return threadIdx.x % kWarpgroupSize / kWarpSize; }
 
-  // Ends a tile: stores its rows and begins anew.
-  __device__ __forceinline__ void store(Work& work, const Softmax& softmax, Output& o) {
-    store_rows(work, params_, operands_, maps_, first_row() + warp() * kWarpRows, softmax, o,
+  // Ends a tile: stores its rows.
+  __device__ __forceinline__ void store(Work& work, float (&factor)[kRowsPerThread], float (&lse)[kRowsPerThread],
+                                        Output& o) {
+    store_rows(work, params_, operands_, maps_, first_row() + warp() * kWarpRows, factor, lse, o,
                shared_.out[warpgroup_ * (kWarpgroupSize / kWarpSize) + warp()]);
     work.release();
-    clear(o);
   }
 
   // This warpgroup's rows of a tile of which they see nothing.
@@ -352,7 +356,11 @@ class Consumer {
   // Whether blocks begin with keys that some row does not see.
   static constexpr bool kLeftEdge = spec::kWindowLeft || spec::kKeyAlignment > 1;
 
+  bool replaces_;  // whether the values to come are a tile's first
+
   Work* work_;                 // the tile of the scores,
+  float scale_;                // its softmax scale,
+  int leading_;                // its blocks that come before this warpgroup's first,
   int block_;                  // their block in it,
   int begin_;                  // the last to come that this warpgroup's rows see; of those it sees,
   int full_begin_, full_end_;  // the ones that every row sees whole

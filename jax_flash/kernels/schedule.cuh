@@ -73,7 +73,7 @@ class DenseSchedule {
     if constexpr (spec::kWindowRight) {
       const int in_round = max(1, ctas_ / m_blocks);
       set_sections(pairs, in_round);
-      by_pair_ = m_blocks <= kFewBlocks && fill_rounds(pairs, m_blocks);
+      by_pair_ = m_blocks <= kFewBlocks && fitting <= in_round && fill_rounds(pairs, m_blocks);
       if (by_pair_) {
         ctas_ = per_section_ * m_blocks;
       } else {
@@ -109,7 +109,7 @@ class DenseSchedule {
 
  private:
   // With more blocks than that a tile's own loads count, and even loads of CTAs, which sections of many rounds give.
-  static constexpr int kFewBlocks = 8;
+  static constexpr int kFewBlocks = 16;
 
   // Sections of about so many pairs: one or an even number, for lengths rise in one what they fall in the next; of many
   // sections one does not matter.

@@ -28,7 +28,7 @@ struct Softmax {
   }
 
   // Turns scores into probabilities 2^(scale * (s - max)) and tells by what to multiply what was summed up before.
-  // The maximum may lag behind by a factor of 2^kRescaleThreshold, so that most blocks change nothing.
+  // The maximum may be off by a factor of 2^kRescaleThreshold, so that most blocks change nothing.
   template <bool kPositive, int kCount>
   __device__ __forceinline__ void update(float (&s)[kCount], float (&rescale)[kRowsPerThread]) {
     float largest[kRowsPerThread];
@@ -56,8 +56,9 @@ struct Softmax {
         s[i + 1] = exp2_approx(s[i + 1] * scale_log2 - shift[r]);
         row_sum[r] += s[i];
         row_sum[r] += s[i + 1];
+        const int done = r * kCount / 2 + i / 4 * 2 + 2;
+        if (done == spec::kOverlap * kCount / 16 * 2) hold(row_sum[r]);
       }
-      if (r < spec::kOverlap) hold(row_sum[r], rescale[r]);
     }
   }
 
@@ -65,7 +66,8 @@ struct Softmax {
   __device__ __forceinline__ bool positive() const { return row_max[0] > 0.0f && row_max[1] > 0.0f; }
 
   // The largest score of each row, those before included. With a positive one among them, floats compare as integers
-  // do, of which one instruction takes three.
+  // do, of which one instruction takes three: so one that is not, but not further off than a maximum may be, is raised
+  // to where it counts as positive.
   template <bool kPositive, int kCount>
   __device__ __forceinline__ void find_largest(const float (&s)[kCount], float (&largest)[kRowsPerThread]) {
     if constexpr (kPositive) {
@@ -87,7 +89,11 @@ struct Softmax {
       }
     }
 #pragma unroll
-    for (int r = 0; r < kRowsPerThread; ++r) largest[r] = quad_max(largest[r]);
+    for (int r = 0; r < kRowsPerThread; ++r) {
+      largest[r] = quad_max(largest[r]);
+      const bool near = largest[r] * scale_log2 > -spec::kRescaleThreshold;
+      if (spec::kIntegerMax && !kPositive && near) largest[r] = fmaxf(largest[r], 1e-37f);
+    }
   }
 
   // What is subtracted from scores: a row that has seen no key yet has no maximum.
