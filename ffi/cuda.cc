@@ -37,11 +37,12 @@ struct LaunchAttributes {
   ffi::Span<const uint8_t> cubin;
   std::string_view entry;
   ffi::Span<const int64_t> tensor_maps;
-  int64_t max_grid;
-  int64_t draws;  // whether the last result counts what CTAs draw beyond their first piece of work
+  int64_t grid;
   int64_t threads;
   int64_t shared_bytes;
+  int64_t draws;  // whether the last result counts, from 0, the pieces of work that CTAs draw
   Params params;
+  ffi::Span<const int32_t> order;  // of work: numbers that only Python and the kernel know
 };
 
 }  // namespace jax_flash
@@ -49,9 +50,10 @@ struct LaunchAttributes {
 XLA_FFI_REGISTER_STRUCT_ATTR_DECODING(jax_flash::LaunchAttributes, StructMember<ffi::Span<const uint8_t>>("cubin"),
                                       StructMember<std::string_view>("entry"),
                                       StructMember<ffi::Span<const int64_t>>("tensor_maps"),
-                                      StructMember<int64_t>("max_grid"), StructMember<int64_t>("draws"),
-                                      StructMember<int64_t>("threads"), StructMember<int64_t>("shared_bytes"),
-                                      StructMember<jax_flash::Params>("params"));
+                                      StructMember<int64_t>("grid"), StructMember<int64_t>("threads"),
+                                      StructMember<int64_t>("shared_bytes"), StructMember<int64_t>("draws"),
+                                      StructMember<jax_flash::Params>("params"),
+                                      StructMember<ffi::Span<const int32_t>>("order"));
 
 namespace jax_flash {
 namespace {
@@ -64,7 +66,6 @@ namespace {
   X(cuLibraryGetKernel)               \
   X(cuKernelSetAttribute)             \
   X(cuCtxGetDevice)                   \
-  X(cuDeviceGetAttribute)             \
   X(cuTensorMapEncodeTiled)           \
   X(cuMemsetD32Async)                 \
   X(cuLaunchKernelEx)
@@ -158,10 +159,11 @@ ffi::ErrorOr<std::unique_ptr<LoadedKernel>> Load(LaunchAttributes attributes) {
   return loaded;
 }
 
-// What a kernel takes: the maps, the pointers of all operands and then of all results, the parameters. A kernel that
-// declares fewer maps or pointers reads the first of them.
+// What a kernel takes: the maps, the pointers of all operands and then of all results, the parameters, the order. A
+// kernel that declares fewer maps, pointers or numbers of the order reads the first of them.
 constexpr int kMaxMaps = 4;
 constexpr int kMaxPointers = 24;
+constexpr int kMaxOrder = 64;
 
 struct MapArguments {
   alignas(64) CUtensorMap maps[kMaxMaps];
@@ -169,6 +171,10 @@ struct MapArguments {
 
 struct PointerArguments {
   void* pointers[kMaxPointers];
+};
+
+struct OrderArguments {
+  int32_t numbers[kMaxOrder];
 };
 
 Status EncodeMap(const TensorMapRecord& record, void* data, CUtensorMap* map) {
@@ -212,29 +218,25 @@ Status LaunchKernel(CUstream stream, const LoadedKernel& loaded, ffi::RemainingA
     RETURN_IF_ERROR(EncodeMap(record, pointers.pointers[record.operand], &maps.maps[i]));
   }
 
+  OrderArguments order = {};
+  if (attributes.order.size() > kMaxOrder) return Status::InvalidArgument("order has too many numbers");
+  std::copy(attributes.order.begin(), attributes.order.end(), order.numbers);
+
   CUdevice device;
-  int multiprocessors;
   CUDA_CHECK(cuCtxGetDevice, &device);
-  CUDA_CHECK(cuDeviceGetAttribute, &multiprocessors, CU_DEVICE_ATTRIBUTE_MULTIPROCESSOR_COUNT, device);
   CUDA_CHECK(cuKernelSetAttribute, CU_FUNC_ATTRIBUTE_MAX_DYNAMIC_SHARED_SIZE_BYTES,
              static_cast<int>(attributes.shared_bytes), loaded.kernel, device);
-  // CTAs that have one piece of work each draw nothing: no counter, and no memset in front of a short kernel.
   if (attributes.draws != 0) {
-    void*& draws = pointers.pointers[count - 1];
-    if (attributes.max_grid > multiprocessors) {
-      CUDA_CHECK(cuMemsetD32Async, reinterpret_cast<CUdeviceptr>(draws), 0, 1, stream);
-    } else {
-      draws = nullptr;
-    }
+    CUDA_CHECK(cuMemsetD32Async, reinterpret_cast<CUdeviceptr>(pointers.pointers[count - 1]), 0, 1, stream);
   }
   CUlaunchConfig config = {};
-  config.gridDimX = static_cast<unsigned>(std::min<int64_t>(attributes.max_grid, multiprocessors));
+  config.gridDimX = static_cast<unsigned>(attributes.grid);
   config.blockDimX = static_cast<unsigned>(attributes.threads);
   config.gridDimY = config.gridDimZ = config.blockDimY = config.blockDimZ = 1;
   config.sharedMemBytes = static_cast<unsigned>(attributes.shared_bytes);
   config.hStream = stream;
   Params params = attributes.params;
-  void* arguments[] = {&maps, &pointers, &params};
+  void* arguments[] = {&maps, &pointers, &params, &order};
   CUDA_CHECK(cuLaunchKernelEx, &config, reinterpret_cast<CUfunction>(loaded.kernel), arguments, nullptr);
   return Status::Ok();
 }

@@ -46,6 +46,15 @@ TUNED: dict[tuple[int, int, bool], dict[str, int | bool]] = {
 right: fields of KernelSpec. A call that needs more registers takes what comes nearest. `python -m benchmarks tune`
 searches from here on."""
 
+TUNED_SOFTCAP: dict[tuple[int, int], dict[str, int | bool]] = {
+    (2, 64): {"tile_n": 96, "overlap": 0},
+    (2, 96): {"overlap": 0},
+    (2, 128): {"overlap": 0},
+    (2, 192): {"overlap": 0},
+    (2, 256): {"overlap": 0, "integer_max": True},
+}
+"""What a softcap changes, by bytes of an element and head dim. Only after integer maxima is it a polynomial."""
+
 
 def padded_head_dim(head_dim: int) -> int:
     """The head dim of the kernel that serves `head_dim`."""
@@ -80,6 +89,8 @@ def ranked(
     }
     dim = max(fixed["head_dim"], fixed["head_dim_v"])
     tuned = TUNED.get((element_bytes(element), dim, fixed["window_right"]), {})
+    if fixed["softcap"]:
+        tuned = tuned | TUNED_SOFTCAP.get((element_bytes(element), dim), {})
     return sorted(filter(legal, candidates(fixed, tuned)), key=functools.partial(cost, tuned=tuned))
 
 

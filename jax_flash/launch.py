@@ -11,6 +11,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from jax_flash import codegen, heuristics, jit
+from jax_flash import order as orders
 from jax_flash.spec import Attention, KernelSpec, Operands, Params
 
 
@@ -218,18 +219,22 @@ def forward_cuda(attention: Attention, operands: Operands, specs: list[KernelSpe
     results = forward_result(attention, params)
     if results[0].dtype.itemsize == 2:
         maps.append(_rows_map(len(operands), results[0].shape, 2, 16))
-    draws = [jax.ShapeDtypeStruct((1,), jnp.int32)] if spec.packed_q else []
+    # CTAs draw their tiles; where each has one at most there is no counter, and no memset in front of a short kernel.
+    tiles = _max_tiles(spec, params)
+    grid = min(tiles, _multiprocessors())
+    draws = [jax.ShapeDtypeStruct((1,), jnp.int32)] if spec.packed_q and tiles > grid else []
     call = jax.ffi.ffi_call("jax_flash_cuda_launch", [*results, *draws])
     out, lse, *_ = call(
         *operands,
         cubin=np.frombuffer(kernel.cubin, np.uint8),
         entry="forward",
         tensor_maps=np.array([number for m in maps for number in m.flat()], np.int64),
-        max_grid=np.int64(_max_tiles(spec, params)),
-        draws=np.int64(len(draws)),
+        grid=np.int64(grid),
         threads=np.int64(spec.threads),
         shared_bytes=np.int64(spec.shared_bytes),
+        draws=np.int64(len(draws)),
         params=params_attribute(params),
+        order=np.array(orders.order(spec, params, grid).flat(), np.uint32).view(np.int32),
     )
     return out, lse
 
@@ -239,3 +244,11 @@ def _max_tiles(spec: KernelSpec, params: Params) -> int:
     whole = params.q_groups * -(-params.q_rows // spec.tile_m)
     partial = params.batch + params.q_groups if spec.packed_q else 0
     return params.heads * (whole + partial)
+
+
+def _multiprocessors() -> int:
+    """Of the GPU. Lowering where there is none assumes a whole H100 or H200: another number costs time and no more."""
+    try:
+        return jax.devices("cuda")[0].core_count
+    except RuntimeError:
+        return 132

@@ -19,6 +19,7 @@ MODULES = (
     ("api",),
     ("primitive",),
     ("launch",),
+    ("order",),
     ("reference", "heuristics", "jit", "codegen", "_ffi"),
     ("canonical",),
     ("validate",),
@@ -29,9 +30,9 @@ KERNEL_FILES = (
     ("mainloop.cuh",),
     ("epilogue.cuh",),
     ("clear.cuh", "load.cuh", "mask.cuh", "schedule.cuh", "softmax.cuh"),
-    ("storage.cuh",),
+    ("softcap.cuh", "storage.cuh"),
     ("fragment.cuh",),
-    ("operands.cuh", "tile.cuh"),
+    ("operands.cuh", "order.cuh", "tile.cuh"),
     ("params.h", "spec.h", "wgmma.h"),
 )
 

@@ -11,6 +11,7 @@
 #include "load.cuh"
 #include "mainloop.cuh"
 #include "operands.cuh"
+#include "order.cuh"
 #include "params.h"
 #include "schedule.cuh"
 #include "softmax.cuh"
@@ -39,9 +40,10 @@ __device__ __forceinline__ void describe(Work& work, const Operands& operands, c
 }
 
 // The warp that finds the tiles: hands over those that see keys, and stores the rows of those that see none.
-__device__ __forceinline__ void find_tiles(SharedStorage& shared, const Operands& operands, const Params& params) {
+__device__ __forceinline__ void find_tiles(SharedStorage& shared, const Operands& operands, const Params& params,
+                                           const Order& order) {
   Ring<kWorkSlots> ring;
-  Schedule schedule(operands, params);
+  Schedule schedule(operands, params, order);
   bool more = true;
   while (more) {
     Work& work = shared.work[ring.slot];
@@ -57,7 +59,7 @@ __device__ __forceinline__ void find_tiles(SharedStorage& shared, const Operands
     if (lane_index() == 0) {
       const bool handed_over = !more || !blocks.empty();
       if (more) {
-        work.kv_head = work.tile.head / (opaque(params.heads) / params.kv_heads);
+        work.kv_head = order.heads_of_kv.quotient(work.tile.head);
       } else {
         work.tile.rows = 0;
       }
@@ -78,7 +80,7 @@ __device__ __forceinline__ void find_tiles(SharedStorage& shared, const Operands
 
 extern "C" __global__ void __launch_bounds__(kThreads, 1)
     forward(const __grid_constant__ TensorMaps maps, const __grid_constant__ Operands operands,
-            const __grid_constant__ Params params) {
+            const __grid_constant__ Params params, const __grid_constant__ Order order) {
   extern __shared__ __align__(1024) u8 shared_bytes[];
   SharedStorage& shared = *reinterpret_cast<SharedStorage*>(shared_bytes);
   if (threadIdx.x == 0) {
@@ -94,7 +96,7 @@ extern "C" __global__ void __launch_bounds__(kThreads, 1)
   const int warpgroup = warp / (kWarpgroupSize / kWarpSize);
   if (warpgroup == 0) {
     shrink_registers<spec::kProducerRegisters>();
-    if (warp == 0) find_tiles(shared, operands, params);
+    if (warp == 0) find_tiles(shared, operands, params, order);
     if (warp == 1 && lane_index() == 0) KeyLoader(shared, maps).run();
     if (warp == 2 && lane_index() == 0) ValueLoader(shared, maps).run();
     if (kClears && warp == 3) Clearer(shared).run();

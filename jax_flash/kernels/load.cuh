@@ -69,14 +69,19 @@ class KeyLoader {
   Ring<spec::kStages> ring_;
 };
 
-// One thread: loads V, in the same order. By itself, for a buffer of K is free earlier than one of V.
+// One thread: loads V, in the same order. By itself, for a buffer of K is free earlier than one of V. The first values
+// let the first keys pass: all CTAs begin at once, and memory is what they wait for then. They wait for a limited time,
+// for the barrier may have gone on by two phases before this thread looks.
 class ValueLoader {
  public:
   __device__ __forceinline__ ValueLoader(SharedStorage& shared, const TensorMaps& maps)
       : shared_(shared), maps_(maps) {}
 
   __device__ __forceinline__ void run() {
+    bool first = true;
     each_work(shared_, [&](const Work& work) {
+      if (first) shared_.k_pipe[0].full.wait_briefly(0);
+      first = false;
       const int begin = work.blocks.begin;  // not to be read once the last block may have been used
 #pragma unroll 1
       for (int block = work.blocks.end - 1; block >= begin; --block) load(work, block);

@@ -247,12 +247,11 @@ class Consumer {
 
   template <bool kMasked, bool kPositive = false>
   __device__ __forceinline__ void probabilities(Scores& s, Softmax& softmax, float (&rescale)[kRowsPerThread]) {
-    const Work& work = *work_;
-    if constexpr (spec::kSoftcap) cap_scores(s, fabsf(work.scale) / params_.softcap);
-    if (kMasked && ((kLeftEdge && block_ < full_begin_) || block_ >= full_end_)) {
-      mask<spec::kTileN>(s, work.tile, params_, first_row(), block_);
-    }
-    softmax.template update<kPositive>(s, rescale);
+    softmax.template update<kPositive>(s, rescale, [&] {
+      if (kMasked && ((kLeftEdge && block_ < full_begin_) || block_ >= full_end_)) {
+        mask<spec::kTileN>(s, work_->tile, params_, first_row(), block_);
+      }
+    });
   }
 
   // O = O * rescale + P V. Runs `meanwhile` while the first piece is multiplied, and gives the buffer back.

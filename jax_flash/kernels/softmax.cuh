@@ -5,6 +5,7 @@
 #include "hopper/types.cuh"
 #include "hopper/warp.cuh"
 #include "params.h"
+#include "softcap.cuh"
 #include "spec.h"
 
 namespace jax_flash {
@@ -13,11 +14,12 @@ namespace jax_flash {
 constexpr float kOffset = spec::Element::kBytes == 1 ? 8.0f : 0.0f;
 
 struct Softmax {
+  Softcap softcap;
   float scale_log2;  // what a score, capped or not, is multiplied by to become an exponent of 2
   float row_max[kRowsPerThread];
   float row_sum[kRowsPerThread];  // of this thread's columns, until finish()
 
-  __device__ __forceinline__ Softmax(float scale, const Params& params) {
+  __device__ __forceinline__ Softmax(float scale, const Params& params) : softcap(fabsf(scale), params) {
     const float factor = (spec::kSoftcap ? params.softcap : fabsf(scale)) * kLog2E;
     scale_log2 = factor < 1e-30f ? 1e-30f : factor;  // never 0, for a masked score is -inf; NaN stays
 #pragma unroll
@@ -28,37 +30,35 @@ struct Softmax {
   }
 
   // Turns scores into probabilities 2^(scale * (s - max)) and tells by what to multiply what was summed up before.
-  // The maximum may be off by a factor of 2^kRescaleThreshold, so that most blocks change nothing.
-  template <bool kPositive, int kCount>
-  __device__ __forceinline__ void update(float (&s)[kCount], float (&rescale)[kRowsPerThread]) {
+  // The maximum may be off by a factor of 2^kRescaleThreshold, so that most blocks change nothing. Calls `mask` the
+  // scores are what is compared; where kPositive, there is nothing to mask.
+  template <bool kPositive, int kCount, typename Mask>
+  __device__ __forceinline__ void update(float (&s)[kCount], float (&rescale)[kRowsPerThread], Mask mask) {
     float largest[kRowsPerThread];
     float shift[kRowsPerThread];
-    find_largest<kPositive>(s, largest);
+    if constexpr (spec::kSoftcap) {
+      if (kPositive && softcap.all_small(s, largest)) {
 #pragma unroll
-    for (int r = 0; r < kRowsPerThread; ++r) {
-      if (spec::kRescaleThreshold == 0) {
-        rescale[r] = exp2_approx((row_max[r] - reference(largest[r])) * scale_log2);
-        row_max[r] = largest[r];
+        for (int r = 0; r < kRowsPerThread; ++r) {
+          largest[r] = fmaxf(row_max[r], softcap.exponent(quad_max(largest[r]), 0.0f) * softcap.inverse);
+        }
+        grow(largest, rescale, shift);
+#pragma unroll
+        for (int i = 0; i < kCount; ++i) s[i] = softcap.exponent(s[i], shift[i / 2 % 2]);
       } else {
-        const float growth = (largest[r] - row_max[r]) * scale_log2;
-        const bool grown = growth > spec::kRescaleThreshold;
-        rescale[r] = grown ? exp2_approx(-growth) : 1.0f;
-        row_max[r] = grown ? largest[r] : row_max[r];
-      }
-      shift[r] = reference(row_max[r]) * scale_log2 - kOffset;
-      row_sum[r] *= rescale[r];
-    }
+        softcap.cap(s);
+        mask();
+        find_largest<kPositive>(s, largest);
+        grow(largest, rescale, shift);
 #pragma unroll
-    for (int r = 0; r < kRowsPerThread; ++r) {
-#pragma unroll
-      for (int i = 2 * r; i < kCount; i += 4) {
-        s[i] = exp2_approx(s[i] * scale_log2 - shift[r]);
-        s[i + 1] = exp2_approx(s[i + 1] * scale_log2 - shift[r]);
-        row_sum[r] += s[i];
-        row_sum[r] += s[i + 1];
-        const int done = r * kCount / 2 + i / 4 * 2 + 2;
-        if (done == spec::kOverlap * kCount / 16 * 2) hold(row_sum[r]);
+        for (int i = 0; i < kCount; ++i) s[i] = s[i] * scale_log2 - shift[i / 2 % 2];
       }
+      exponentiate(s, [](float exponent, int) { return exponent; });
+    } else {
+      mask();
+      find_largest<kPositive>(s, largest);
+      grow(largest, rescale, shift);
+      exponentiate(s, [&](float score, int r) { return score * scale_log2 - shift[r]; });
     }
   }
 
@@ -96,6 +96,42 @@ struct Softmax {
     }
   }
 
+  // Takes the largest scores for the maxima, if these have grown by much; `shift` is subtracted from exponents.
+  __device__ __forceinline__ void grow(const float (&largest)[kRowsPerThread], float (&rescale)[kRowsPerThread],
+                                       float (&shift)[kRowsPerThread]) {
+#pragma unroll
+    for (int r = 0; r < kRowsPerThread; ++r) {
+      if (spec::kRescaleThreshold == 0) {
+        rescale[r] = exp2_approx((row_max[r] - reference(largest[r])) * scale_log2);
+        row_max[r] = largest[r];
+      } else {
+        const float growth = (largest[r] - row_max[r]) * scale_log2;
+        const bool grown = growth > spec::kRescaleThreshold;
+        rescale[r] = grown ? exp2_approx(-growth) : 1.0f;
+        row_max[r] = grown ? largest[r] : row_max[r];
+      }
+      shift[r] = reference(row_max[r]) * scale_log2 - kOffset;
+      row_sum[r] *= rescale[r];
+    }
+  }
+
+  // Turns scores into 2^exponent(score, row) and sums these up.
+  template <int kCount, typename Exponent>
+  __device__ __forceinline__ void exponentiate(float (&s)[kCount], Exponent exponent) {
+#pragma unroll
+    for (int r = 0; r < kRowsPerThread; ++r) {
+#pragma unroll
+      for (int i = 2 * r; i < kCount; i += 4) {
+        s[i] = exp2_approx(exponent(s[i], r));
+        s[i + 1] = exp2_approx(exponent(s[i + 1], r));
+        row_sum[r] += s[i];
+        row_sum[r] += s[i + 1];
+        const int done = r * kCount / 2 + i / 4 * 2 + 2;
+        if (done == spec::kOverlap * kCount / 16 * 2) hold(row_sum[r]);
+      }
+    }
+  }
+
   // What is subtracted from scores: a row that has seen no key yet has no maximum.
   __device__ __forceinline__ static float reference(float row_max) { return row_max == -kInfinity ? 0.0f : row_max; }
 
@@ -120,13 +156,5 @@ struct Softmax {
     }
   }
 };
-
-// score = softcap * tanh(score / softcap), less the factor softcap, which goes into the softmax scale.
-template <int kCount>
-__device__ __forceinline__ void cap_scores(float (&s)[kCount], float scale_over_softcap) {
-  const float double_log2 = 2.0f * kLog2E * scale_over_softcap;
-#pragma unroll
-  for (int i = 0; i < kCount; ++i) s[i] = 1.0f - 2.0f * reciprocal_approx(1.0f + exp2_approx(s[i] * double_log2));
-}
 
 }  // namespace jax_flash

@@ -53,6 +53,27 @@ struct Barrier {
         "r"(parity)
         : "memory");
   }
+
+  // Waits for that, but some microseconds at most.
+  __device__ __forceinline__ void wait_briefly(u32 parity) {
+    constexpr int kTries = 256;
+#pragma unroll 1
+    for (int i = 0; i < kTries && !ended(parity); ++i) continue;
+  }
+
+  __device__ __forceinline__ bool ended(u32 parity) {
+    int ended;
+    asm volatile(
+        "{\n"
+        ".reg .pred ended;\n"
+        "mbarrier.test_wait.parity.shared::cta.b64 ended, [%1], %2;\n"
+        "selp.b32 %0, 1, 0, ended;\n"
+        "}"
+        : "=r"(ended)
+        : "r"(shared_address(this)), "r"(parity)
+        : "memory");
+    return ended != 0;
+  }
 };
 
 // Makes initialised mbarriers visible to TMA; __syncthreads must follow.

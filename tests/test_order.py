@@ -1,0 +1,139 @@
+"""The order of tiles: divisions, every tile once, loads of CTAs even, pairs that share the L2 cache."""
+
+from __future__ import annotations
+
+import itertools
+import pathlib
+import random
+import re
+
+import pytest
+
+from jax_flash import heuristics, order
+from jax_flash.spec import Params
+
+
+def quotient(divisor: order.Divisor, x: int) -> int:
+    """As the kernel divides, with numbers of its widths."""
+    assert divisor.multiplier < 1 << 32
+    assert divisor.shift < 33
+    return x * divisor.multiplier >> (31 + divisor.shift)
+
+
+@pytest.mark.parametrize("value", [1, 2, 3, 7, 132, 641, 2**20, 2**30 - 1, 2**30 + 1, 2**31 - 1])
+def test_divisor(value):
+    numbers = {0, 1, 2**31 - 1, *(random.Random(value).randrange(2**31) for _ in range(100))}
+    numbers |= {x for x in (value - 1, value, 2**31 // value * value - 1) if x < 2**31}
+    for x in numbers:
+        assert quotient(order.Divisor.of(value), x) == x // value
+
+
+def kernel_tiles(rounds: order.Rounds, m_blocks: int, cta: int) -> list[tuple[int, int]]:
+    """The tiles (pair, block of rows) of a CTA, as kernels/schedule.cuh finds them."""
+    tiles = []
+    for round_ in range(rounds.rounds):
+        turned = rounds.turns and round_ % 2
+        number = (round_ >> rounds.mirrors) * rounds.ctas + (rounds.ctas - 1 - cta if turned else cta)
+        if cta >= rounds.ctas or number >= rounds.numbers:
+            break
+        section, in_section = divmod(number, rounds.section.value)
+        if rounds.mirrors and round_ % 2:
+            in_section = 2 * rounds.section.value - 1 - in_section
+        run = rounds.last_run if section == rounds.last_section else rounds.run
+        outer, inner = divmod(in_section, run.value)
+        pair, m_block = (outer, inner) if rounds.by_pair else (inner, outer)
+        rises = section % 2 == rounds.rising
+        tiles.append(
+            (rounds.first_pair + section * rounds.per_section + pair, m_block if rises else m_blocks - 1 - m_block)
+        )
+    return tiles
+
+
+def call(head_dim: int, length: int, batch: int, heads: int, causal: bool, element="bfloat16", kv_heads=None):
+    """The best kernel of a call, and its numbers."""
+    flags = dict.fromkeys(("softcap", "sinks", "packed_q", "packed_k", "seqused_q", "seqused_k", "lse"), False)
+    window_right = 0 if causal else -1
+    spec = heuristics.ranked(
+        element=element,
+        out="bfloat16",
+        head_dim=head_dim,
+        head_dim_v=head_dim,
+        window_left=-1,
+        window_right=window_right,
+        **flags,
+    )[0]
+    strides = dict.fromkeys(
+        ("scale_batch_stride", "scale_head_stride", "v_scale_batch_stride", "v_scale_head_stride"), 0
+    )
+    params = Params(
+        batch=batch,
+        heads=heads,
+        kv_heads=kv_heads or heads,
+        head_dim=head_dim,
+        head_dim_v=head_dim,
+        q_groups=batch,
+        q_rows=length,
+        kv_groups=batch,
+        kv_rows=length,
+        sinks_batch_stride=0,
+        window_left=-1,
+        window_right=window_right,
+        softcap=0.0,
+        **strides,
+    )
+    return spec, params
+
+
+def tiles_of_ctas(spec, params, ctas: int) -> list[list[tuple[int, int]]]:
+    """What each CTA works on, in order."""
+    m_blocks = -(-params.q_rows // spec.tile_m)
+    found = order.order(spec, params, min(ctas, m_blocks * params.batch * params.heads))
+    assert all(0 <= number < 1 << 32 for number in found.flat())
+    return [[t for part in (found.first, found.then) for t in kernel_tiles(part, m_blocks, cta)] for cta in range(ctas)]
+
+
+SHAPES = [
+    (head_dim, length, batch, heads)
+    for head_dim, (length, batch, heads) in itertools.product(
+        (64, 128, 256),
+        [
+            (512, 32, 16),
+            (512, 2, 16),
+            (640, 7, 5),
+            (1536, 10, 8),
+            (2048, 8, 16),
+            (2000, 3, 11),
+            (8192, 2, 16),
+            (100, 3, 2),
+        ],
+    )
+]
+
+
+@pytest.mark.parametrize("ctas", [132, 114, 7])
+@pytest.mark.parametrize("causal", [False, True])
+@pytest.mark.parametrize(("head_dim", "length", "batch", "heads"), SHAPES)
+def test_every_tile_once(head_dim, length, batch, heads, causal, ctas):
+    spec, params = call(head_dim, length, batch, heads, causal)
+    tiles = list(itertools.chain(*tiles_of_ctas(spec, params, ctas)))
+    m_blocks = -(-length // spec.tile_m)
+    assert sorted(tiles) == list(itertools.product(range(batch * heads), range(m_blocks)))
+
+
+@pytest.mark.parametrize("head_dim", [64, 128, 256])
+@pytest.mark.parametrize("length", [512, 2048, 4096, 8192])
+def test_loads_are_even(head_dim, length):
+    """Under a causal mask no CTA has 5 % more blocks to see than the mean, or more than one tile's more."""
+    spec, params = call(head_dim, length, 16384 // length, 2048 // head_dim, True)
+    loads = [sum(m_block + 1 for _, m_block in tiles) for tiles in tiles_of_ctas(spec, params, 132)]
+    m_blocks = -(-length // spec.tile_m)
+    mean = sum(loads) / len(loads)
+    assert max(loads) <= max(1.05 * mean, mean + m_blocks)
+
+
+def test_kernel_struct_has_the_same_fields():
+    """kernels/order.cuh declares what Python passes, in the same order."""
+    text = (pathlib.Path(order.__file__).parent / "kernels" / "order.cuh").read_text()
+    for name, fields in (("Divisor", order.Divisor._fields), ("Rounds", order.Rounds._fields)):
+        body = text.split(f"struct {name} {{")[1].split("}")[0]
+        assert tuple(re.findall(r"^  \w+ (\w+);", body, re.MULTILINE))[: len(fields)] == fields
