@@ -36,7 +36,8 @@ def lowered(platform: str, case: Case, **more) -> str:
 @pytest.mark.parametrize("packed", [False, True])
 @pytest.mark.parametrize("dtype", ["float16", "bfloat16", "float8_e4m3fn"])
 def test_cuda_calls_a_kernel(dtype, packed):
-    case = Case(id="cuda", dtype=dtype, packed_q=packed, packed_k=packed, causal=True)
+    lengths = (9000, 9000)  # more tiles than a GPU has multiprocessors
+    case = Case(id="cuda", dtype=dtype, packed_q=packed, packed_k=packed, causal=True, q_lens=lengths, k_lens=lengths)
     text = lowered("cuda", case)
     assert text.count(f"custom_call @{CUDA_CALL}") == 1
     assert CPU_CALL not in text

@@ -51,13 +51,13 @@ __device__ __forceinline__ void find_tiles(SharedStorage& shared, const Operands
     more = schedule.next(work.tile);
     Blocks blocks{};
     if (more) blocks = visible_blocks(work.tile, params, 0, spec::kTileM);
+    const bool handed_over = !more || !blocks.empty();
     if (!blocks.empty() && lane_index() < kConsumers) {
       const int first_row = lane_index() * kWarpgroupRows;
       work.of_warpgroup[lane_index()] = visible_blocks(work.tile, params, first_row, kWarpgroupRows);
     }
     __syncwarp();
     if (lane_index() == 0) {
-      const bool handed_over = !more || !blocks.empty();
       if (more) {
         work.kv_head = order.heads_of_kv.quotient(work.tile.head);
       } else {
@@ -66,8 +66,8 @@ __device__ __forceinline__ void find_tiles(SharedStorage& shared, const Operands
       work.blocks = blocks;
       if (handed_over) work.located.arrive();
       if (more) describe(work, operands, params);
-      if (handed_over) work.pipe.full.arrive();
     }
+    if (handed_over && lane_index() < kConsumers) work.pipe.full.arrive();
     __syncwarp();
     if (blocks.empty()) {
       store_blind_rows(work, params, operands, 0, spec::kTileM);

@@ -12,10 +12,9 @@ namespace jax_flash {
 
 // Rows of K or V into shared memory.
 __device__ __forceinline__ void load_rows(const TensorMap& map, Barrier& barrier, u8* destination, int column_blocks,
-                                          int row, const Work& work) {
+                                          int row, int kv_head, int kv_group) {
   for (int i = 0; i < column_blocks; ++i) {
-    tma_load(destination + i * spec::kTileN * kSwizzleBytes, map, barrier, i * kBlockColumns, row, work.kv_head,
-             work.tile.kv_group);
+    tma_load(destination + i * spec::kTileN * kSwizzleBytes, map, barrier, i * kBlockColumns, row, kv_head, kv_group);
   }
 }
 
@@ -36,15 +35,18 @@ class KeyLoader {
  private:
   // The first keys go ahead of Q if that must wait until the tile before has multiplied its last scores.
   __device__ __forceinline__ void load(const Work& work) {
-    const int begin = work.blocks.begin;
+    const int begin = work.blocks.begin;  // all of it before the last block may have been used
     const int last = work.blocks.end - 1;
+    const int kv_head = work.kv_head;
+    const int kv_group = work.tile.kv_group;
     if (spec::kQStages > 1) load_q(work.tile);
 #pragma unroll 1
     for (int block = last; block >= begin; --block) {
       Pipe& pipe = shared_.k_pipe[ring_.slot];
       pipe.empty.wait(ring_.phase ^ 1);
+      const int row = first_row_of(work.tile, block);
       pipe.full.arrive_expect(kKBytes);
-      load_rows(maps_.k, pipe.full, shared_.k[ring_.slot], kQkBlocks, first_row_of(work.tile, block), work);
+      load_rows(maps_.k, pipe.full, shared_.k[ring_.slot], kQkBlocks, row, kv_head, kv_group);
       ring_.advance();
       if (spec::kQStages == 1 && block == last) load_q(work.tile);
     }
@@ -92,16 +94,18 @@ class ValueLoader {
   __device__ __forceinline__ void load(const Work& work, int block) {
     const int slot = ring_.slot;
     const int row = first_row_of(work.tile, block);
+    const int kv_head = work.kv_head;
+    const int kv_group = work.tile.kv_group;
     shared_.v_pipe[slot].empty.wait(ring_.phase ^ 1);
     Barrier& barrier = kClears && at_edge(work.tile, block) ? shared_.v_landed[slot] : shared_.v_pipe[slot].full;
     barrier.arrive_expect(kVBytes);
     if constexpr (kFp8) {
       for (int i = 0; i < spec::kTileN / kVKeyBlock; ++i) {
-        tma_load(shared_.v[slot] + i * kVKeyBlock * spec::kHeadDimV, maps_.v, barrier, row + i * kVKeyBlock, 0,
-                 work.kv_head, work.tile.kv_group);
+        tma_load(shared_.v[slot] + i * kVKeyBlock * spec::kHeadDimV, maps_.v, barrier, row + i * kVKeyBlock, 0, kv_head,
+                 kv_group);
       }
     } else {
-      load_rows(maps_.v, barrier, shared_.v[slot], kVBlocks, row, work);
+      load_rows(maps_.v, barrier, shared_.v[slot], kVBlocks, row, kv_head, kv_group);
     }
     ring_.advance();
   }

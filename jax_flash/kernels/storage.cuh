@@ -60,11 +60,8 @@ struct Work {
   Blocks blocks;                    // that some row sees,
   Blocks of_warpgroup[kConsumers];  // and that the 64 rows of each consumer see
 
-  // A reading warp is done with it, whatever its lanes did apart.
-  __device__ __forceinline__ void release() {
-    __syncwarp();
-    pipe.release();
-  }
+  // A reading lane is done with it. Each arrives for itself, for racecheck sees no further than that.
+  __device__ __forceinline__ void release() { pipe.empty.arrive(); }
 };
 
 // One whose rows are stored, one whose scores are computed, and one to come: no more, for what a CTA has drawn no other
@@ -90,7 +87,8 @@ struct alignas(1024) SharedStorage {
 
   __device__ __forceinline__ void init() {
     for (int slot = 0; slot < kWorkSlots; ++slot) {
-      work[slot].pipe.init(kConsumerWarps + kClears);
+      work[slot].pipe.full.init(kConsumers);
+      work[slot].pipe.empty.init((kConsumerWarps + kClears) * kWarpSize);
       work[slot].located.init(1);
     }
     for (int stage = 0; stage < spec::kQStages; ++stage) {
