@@ -6,6 +6,8 @@ noise is kept, and the next field follows, until a whole round changes nothing.
 
 from __future__ import annotations
 
+import dataclasses
+import functools
 import itertools
 import math
 from collections.abc import Sequence
@@ -16,7 +18,7 @@ import jax
 from benchmarks.libraries import Timer, input_sets, jax_timer, medians
 from benchmarks.suites import Row, grid
 from jax_flash import canonical, codegen, heuristics, jit, launch
-from jax_flash.spec import Call, KernelSpec
+from jax_flash.spec import Attention, Call, KernelSpec, Operands
 
 LENGTHS = (512, 2048, 8192)
 """Their geometric mean decides."""
@@ -36,9 +38,19 @@ NOISE = 1.003
 ROUNDS = 2
 
 
-def spec_of(base: KernelSpec, choices: dict) -> KernelSpec | None:
+def call_of(row: Row, *arrays: jax.Array) -> tuple[Attention, Operands]:
+    """What kernels compute of a row's inputs."""
+    return canonical.canonical(Call(*arrays, causal=row.causal, softcap=row.softcap))
+
+
+def best_spec(row: Row) -> KernelSpec:
+    """The kernel that heuristics.py chooses now."""
+    return launch.kernel_specs(*call_of(row, *input_sets(row)[0]))[0]
+
+
+def spec_of(row: Row, choices: dict) -> KernelSpec | None:
     """The kernel with these choices, or None if it does not fit or ptxas spills."""
-    spec = heuristics.with_choices(base, **choices)
+    spec = heuristics.with_choices(best_spec(row), **choices)
     if spec.shared_bytes > heuristics.SHARED_LIMIT:
         return None
     return spec if jit.compile(codegen.source("forward.cu", spec)).clean else None
@@ -48,36 +60,36 @@ def timer_of(row: Row, spec: KernelSpec) -> Timer:
     """A timer of one kernel."""
 
     def attention(q, k, v):
-        call = canonical.canonical(Call(q, k, v, causal=row.causal))
-        return launch.forward_cuda(*call, [spec])[0]
+        return launch.forward_cuda(*call_of(row, q, k, v), [spec])[0]
 
     return jax_timer(attention, input_sets(row))[1]
 
 
-def rates(rows: Sequence[Row], base: KernelSpec, alternatives: list[dict]) -> list[float]:
+def rates(rows: Sequence[Row], alternatives: list[dict]) -> list[float]:
     """The geometric mean over rows of each alternative's rate, all measured in turn; 0 where it does not compile."""
+    logarithms = [0.0] * len(alternatives)
     with ThreadPoolExecutor(8) as pool:
-        specs = list(pool.map(lambda choices: spec_of(base, choices), alternatives))
-        built = {number: spec for number, spec in enumerate(specs) if spec is not None}
-        logarithms = dict.fromkeys(built, 0.0)
         for row in rows:
             input_sets(row)
-            timers = dict(zip(built, pool.map(lambda spec, row=row: timer_of(row, spec), built.values()), strict=True))
-            for number, seconds in medians(timers, ROUNDS).items():
-                logarithms[number] += math.log(row.flops / seconds)
-    return [math.exp(logarithms.get(number, -math.inf) / len(rows)) for number in range(len(alternatives))]
+            specs = list(pool.map(functools.partial(spec_of, row), alternatives))
+            built = {number: spec for number, spec in enumerate(specs) if spec is not None}
+            timers = dict(zip(built, pool.map(functools.partial(timer_of, row), built.values()), strict=True))
+            seconds = medians(timers, ROUNDS)
+            for number in range(len(alternatives)):
+                logarithms[number] += math.log(row.flops / seconds[number]) if number in seconds else -math.inf
+    return [math.exp(logarithm / len(rows)) for logarithm in logarithms]
 
 
 def search(rows: Sequence[Row]) -> dict:
-    """The best choices for rows of one head dim and mask, from those of heuristics.py on."""
-    base = launch.kernel_specs(*canonical.canonical(Call(*input_sets(rows[0])[0], causal=rows[0].causal)))[0]
+    """The best choices for rows of one head dim, from those of heuristics.py on."""
+    base = best_spec(rows[0])
     choices = {name: getattr(base, name) for name in CHOICES}
     changed = True
     while changed:
         changed = False
         for name, values in CHOICES.items():
             alternatives = [choices, *({**choices, name: value} for value in values if value != choices[name])]
-            measured = rates(rows, base, alternatives)
+            measured = rates(rows, alternatives)
             cells = (f"{a[name]} {rate / 1e12:.0f}" for a, rate in zip(alternatives, measured, strict=True))
             print(f"  {name}: {', '.join(cells)}", flush=True)
             best = max(range(len(alternatives)), key=measured.__getitem__)
@@ -87,13 +99,14 @@ def search(rows: Sequence[Row]) -> dict:
 
 
 def main(head_dims: Sequence[int]) -> None:
-    """Searches kernels of these head dims, full and causal, in bfloat16."""
+    """Searches kernels of these head dims, without and with a softcap, in bfloat16."""
     if jax.default_backend() != "gpu":
         raise SystemExit("tune needs a GPU of compute capability 9.0")
     table = {}
-    for head_dim, causal in itertools.product(head_dims, (False, True)):
-        rows = grid("bfloat16", (head_dim,), LENGTHS, (causal,))
+    for head_dim, softcap in itertools.product(head_dims, (0.0, 30.0)):
+        rows = [dataclasses.replace(row, softcap=softcap) for row in grid("bfloat16", (head_dim,), LENGTHS)]
         print(rows[0], flush=True)
-        table[2, head_dim, causal] = search(rows)
-        print(f"    {(2, head_dim, causal)}: {table[2, head_dim, causal]},", flush=True)
+        key = (2, head_dim, softcap > 0)
+        table[key] = search(rows)
+        print(f"    {key}: {table[key]},", flush=True)
     print("TUNED = {", *(f"    {key}: {choices}," for key, choices in table.items()), "}", sep="\n")

@@ -32,28 +32,19 @@ _FP8_REGISTERS = 8
 
 TUNED: dict[tuple[int, int, bool], dict[str, int | bool]] = {
     (2, 64, False): {"tile_m": 192, "tile_n": 128, "q_stages": 2, "stages": 3, "overlap": 2, "integer_max": True},
-    (2, 64, True): {"tile_m": 192, "tile_n": 128, "q_stages": 2, "stages": 3, "overlap": 2, "integer_max": True},
+    (2, 64, True): {"tile_m": 192, "tile_n": 96, "q_stages": 2, "stages": 3, "overlap": 0, "integer_max": True},
     (2, 96, False): {"tile_m": 192, "tile_n": 96, "q_stages": 1, "stages": 2, "overlap": 2, "integer_max": True},
-    (2, 96, True): {"tile_m": 192, "tile_n": 96, "q_stages": 1, "stages": 2, "overlap": 2, "integer_max": True},
+    (2, 96, True): {"tile_m": 192, "tile_n": 96, "q_stages": 1, "stages": 2, "overlap": 0, "integer_max": True},
     (2, 128, False): {"tile_m": 128, "tile_n": 128, "q_stages": 2, "stages": 2, "overlap": 2, "integer_max": True},
-    (2, 128, True): {"tile_m": 128, "tile_n": 128, "q_stages": 2, "stages": 2, "overlap": 2, "integer_max": True},
+    (2, 128, True): {"tile_m": 128, "tile_n": 128, "q_stages": 2, "stages": 2, "overlap": 0, "integer_max": True},
     (2, 192, False): {"tile_m": 128, "tile_n": 96, "q_stages": 1, "stages": 2, "overlap": 2, "integer_max": True},
-    (2, 192, True): {"tile_m": 128, "tile_n": 96, "q_stages": 1, "stages": 2, "overlap": 2, "integer_max": True},
+    (2, 192, True): {"tile_m": 128, "tile_n": 96, "q_stages": 1, "stages": 2, "overlap": 0, "integer_max": True},
     (2, 256, False): {"tile_m": 128, "tile_n": 64, "q_stages": 1, "stages": 2, "overlap": 2, "integer_max": False},
-    (2, 256, True): {"tile_m": 128, "tile_n": 64, "q_stages": 1, "stages": 2, "overlap": 2, "integer_max": False},
+    (2, 256, True): {"tile_m": 128, "tile_n": 64, "q_stages": 1, "stages": 2, "overlap": 0, "integer_max": True},
 }
-"""What was measured fastest on an H200, by bytes of an element, head dim and whether the window is bounded on the
-right: fields of KernelSpec. A call that needs more registers takes what comes nearest. `python -m benchmarks tune`
-searches from here on."""
-
-TUNED_SOFTCAP: dict[tuple[int, int], dict[str, int | bool]] = {
-    (2, 64): {"tile_n": 96, "overlap": 0},
-    (2, 96): {"overlap": 0},
-    (2, 128): {"overlap": 0},
-    (2, 192): {"overlap": 0},
-    (2, 256): {"overlap": 0, "integer_max": True},
-}
-"""What a softcap changes, by bytes of an element and head dim. Only after integer maxima is it a polynomial."""
+"""What was measured fastest on an H200, by bytes of an element, head dim and whether there is a softcap: fields of
+KernelSpec. A call that needs more registers takes what comes nearest. A softcap is a polynomial only after integer
+maxima. `python -m benchmarks tune` searches from here on."""
 
 
 def padded_head_dim(head_dim: int) -> int:
@@ -88,9 +79,7 @@ def ranked(
         **features,
     }
     dim = max(fixed["head_dim"], fixed["head_dim_v"])
-    tuned = TUNED.get((element_bytes(element), dim, fixed["window_right"]), {})
-    if fixed["softcap"]:
-        tuned = tuned | TUNED_SOFTCAP.get((element_bytes(element), dim), {})
+    tuned = TUNED.get((element_bytes(element), dim, fixed["softcap"]), {})
     return sorted(filter(legal, candidates(fixed, tuned)), key=functools.partial(cost, tuned=tuned))
 
 

@@ -11,7 +11,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from jax_flash import codegen, heuristics, jit
-from jax_flash import order as orders
+from jax_flash.order import Order
 from jax_flash.spec import Attention, KernelSpec, Operands, Params
 
 
@@ -86,11 +86,8 @@ MAX_ATTEMPTS = 4
 
 def why_no_cuda() -> str | None:
     """Why no CUDA kernel can run on this machine, or None."""
-    try:
-        devices = jax.devices("cuda")
-    except RuntimeError:
-        return "JAX sees no CUDA GPU."
-    return _why_not_capability(devices) or jit.why_no_nvrtc()
+    gpus = _gpus()
+    return (_why_not_capability(gpus) if gpus else "JAX sees no CUDA GPU.") or jit.why_no_nvrtc()
 
 
 def why_not_served(attention: Attention, operands: Operands) -> str | None:
@@ -104,15 +101,20 @@ def why_not_served(attention: Attention, operands: Operands) -> str | None:
             f"the CUDA kernels count in 32 bits, and the rows of all heads of q, k or v, or the heads of all "
             f"sequences, are {MAX_ROWS} or more."
         )
+    gpus = _gpus()
+    return (_why_not_capability(gpus) if gpus else None) or jit.why_no_nvrtc()
+
+
+def _gpus() -> list[jax.Device]:
+    """Those that JAX sees, all of one kind."""
     try:
-        reason = _why_not_capability(jax.devices("cuda"))
+        return jax.devices("cuda")
     except RuntimeError:
-        reason = None
-    return reason or jit.why_no_nvrtc()
+        return []
 
 
-def _why_not_capability(devices) -> str | None:
-    capability = devices[0].compute_capability
+def _why_not_capability(gpus: list[jax.Device]) -> str | None:
+    capability = gpus[0].compute_capability
     return (
         None if capability == "9.0" else f"the GPU has compute capability {capability}; the kernels need 9.0 (Hopper)."
     )
@@ -234,7 +236,7 @@ def forward_cuda(attention: Attention, operands: Operands, specs: list[KernelSpe
         shared_bytes=np.int64(spec.shared_bytes),
         draws=np.int64(len(draws)),
         params=params_attribute(params),
-        order=np.array(orders.order(spec, params, grid).flat(), np.uint32).view(np.int32),
+        order=np.array(Order.of(spec, params, grid).flat(), np.uint32).view(np.int32),
     )
     return out, lse
 
@@ -248,7 +250,5 @@ def _max_tiles(spec: KernelSpec, params: Params) -> int:
 
 def _multiprocessors() -> int:
     """Of the GPU. Lowering where there is none assumes a whole H100 or H200: another number costs time and no more."""
-    try:
-        return jax.devices("cuda")[0].core_count
-    except RuntimeError:
-        return 132
+    gpus = _gpus()
+    return gpus[0].core_count if gpus else 132

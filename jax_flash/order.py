@@ -76,12 +76,14 @@ class Rounds(NamedTuple):
         *,
         per_section: int,
         first_pair: int = 0,
-        turns: bool = False,
         mirrors: bool = False,
         by_pair: bool = False,
         alternates: bool = False,
     ) -> Rounds:
-        """The rounds of so many pairs, of m_blocks tiles each; `alternates`: every other section rises."""
+        """The rounds of so many pairs, of m_blocks tiles each.
+
+        `alternates`: sections go from the longest tile to the shortest and back in turn, of a single one the rounds.
+        """
         sections = -(-pairs // per_section)
         numbers = pairs * m_blocks >> mirrors
         last_section = sections - 1
@@ -91,7 +93,7 @@ class Rounds(NamedTuple):
             rounds=-(-numbers // ctas) << mirrors,
             ctas=ctas,
             numbers=numbers,
-            turns=turns,
+            turns=alternates and sections == 1,
             mirrors=mirrors,
             first_pair=first_pair,
             per_section=per_section,
@@ -118,6 +120,19 @@ class Order(NamedTuple):
     fitting_rows: int
     """Rows of keys and values, of one query head, that stay in the L2 cache together."""
 
+    @classmethod
+    def of(cls, spec: KernelSpec, params: Params, ctas: int) -> Order:
+        """The order of a call; packed queries have no rounds, but what follows from lengths that the kernel reads."""
+        row_bytes = (params.head_dim + params.head_dim_v) * heuristics.element_bytes(spec.element)
+        fitting_rows = min(L2_BYTES * params.heads // (row_bytes * params.kv_heads), 2**30)
+        first, then = NO_ROUNDS, NO_ROUNDS
+        if not spec.packed_q:
+            pairs = params.batch * params.heads
+            m_blocks = -(-params.q_rows // spec.tile_m)
+            fitting = max(1, fitting_rows // max(1, params.kv_rows))
+            first, then = (unequal if spec.window_right else equal)(pairs, m_blocks, ctas, fitting)
+        return cls(first, then, Divisor.of(params.heads), Divisor.of(params.heads // params.kv_heads), fitting_rows)
+
     def flat(self) -> list[int]:
         """All numbers in order."""
         return list(_flat(self))
@@ -131,22 +146,11 @@ def _flat(numbers: tuple) -> Iterator[int]:
             yield int(number)
 
 
-def order(spec: KernelSpec, params: Params, ctas: int) -> Order:
-    """The order of a call; packed queries have none but what depends on the lengths, which the kernel reads."""
-    row_bytes = (params.head_dim + params.head_dim_v) * heuristics.element_bytes(spec.element)
-    fitting_rows = min(L2_BYTES * params.heads // (row_bytes * params.kv_heads), 2**30)
-    first, then = NO_ROUNDS, NO_ROUNDS
-    if not spec.packed_q:
-        pairs = params.batch * params.heads
-        m_blocks = -(-params.q_rows // spec.tile_m)
-        fitting = max(1, fitting_rows // max(1, params.kv_rows))
-        if spec.window_right:
-            first, then = unequal(pairs, m_blocks, ctas, fitting)
-        else:
-            # Where fewer fit, CTAs that share keys and values had better be neighbours, as they are without sections.
-            per_section = min(fitting, pairs) if fitting >= ctas // 3 else 1
-            first = Rounds.of(pairs, m_blocks, ctas, per_section=per_section)
-    return Order(first, then, Divisor.of(params.heads), Divisor.of(params.heads // params.kv_heads), fitting_rows)
+def equal(pairs: int, m_blocks: int, ctas: int, fitting: int) -> tuple[Rounds, Rounds]:
+    """Rounds of tiles of one length; so many pairs fit the L2 cache."""
+    # Where fewer fit, CTAs that share keys and values had better be neighbours, as they are without sections.
+    per_section = min(fitting, pairs) if fitting >= ctas // 3 else 1
+    return Rounds.of(pairs, m_blocks, ctas, per_section=per_section), NO_ROUNDS
 
 
 def unequal(pairs: int, m_blocks: int, ctas: int, fitting: int) -> tuple[Rounds, Rounds]:
@@ -159,34 +163,23 @@ def unequal(pairs: int, m_blocks: int, ctas: int, fitting: int) -> tuple[Rounds,
         if 2 * in_round <= MIRRORED * fitting:
             return mirrored(pairs, m_blocks, ctas)
         # Neighbours share keys and values. At most a tenth of the CTAs may have nothing to do.
-        sections, per_section = even_sections(pairs, in_round)
+        per_section = even_section(pairs, in_round)
+        sections = -(-pairs // per_section)
         used = per_section * m_blocks
         if used <= ctas and (sections == 1 or 10 * pairs * m_blocks >= 9 * sections * ctas):
-            return in_sections(pairs, m_blocks, used, sections, per_section, by_pair=True), NO_ROUNDS
-    return in_sections(pairs, m_blocks, ctas, *even_sections(pairs, max(fitting, in_round))), NO_ROUNDS
+            return Rounds.of(pairs, m_blocks, used, per_section=per_section, by_pair=True, alternates=True), NO_ROUNDS
+    per_section = even_section(pairs, max(fitting, in_round))
+    return Rounds.of(pairs, m_blocks, ctas, per_section=per_section, alternates=True), NO_ROUNDS
 
 
-def in_sections(pairs: int, m_blocks: int, ctas: int, sections: int, per_section: int, *, by_pair=False) -> Rounds:
-    """Sections from the longest tile to the shortest, and back in the next; of one, every other round turns instead."""
-    return Rounds.of(
-        pairs,
-        m_blocks,
-        ctas,
-        per_section=per_section,
-        by_pair=by_pair,
-        turns=sections == 1,
-        alternates=True,
-    )
-
-
-def even_sections(pairs: int, width: int) -> tuple[int, int]:
-    """Sections of about so many pairs, and how many: one or an even number; of many sections one does not matter."""
+def even_section(pairs: int, width: int) -> int:
+    """About so many pairs, that make one section or an even number of them; of many sections one does not matter."""
     per_section = min(pairs, width)
     sections = -(-pairs // per_section)
     while sections % 2 == 1 and sections > 1 and per_section < 2 * width:
         per_section = -(-pairs // (sections - 1))
         sections = -(-pairs // per_section)
-    return sections, per_section
+    return per_section
 
 
 def mirrored(pairs: int, m_blocks: int, ctas: int) -> tuple[Rounds, Rounds]:
@@ -210,6 +203,6 @@ def mirrored(pairs: int, m_blocks: int, ctas: int) -> tuple[Rounds, Rounds]:
             first_pair=first_pairs,
             per_section=rest,
             by_pair=rest * m_blocks <= ctas,
-            turns=True,
+            alternates=True,
         )
     return first, then

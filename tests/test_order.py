@@ -1,4 +1,4 @@
-"""The order of tiles: divisions, every tile once, loads of CTAs even, pairs that share the L2 cache."""
+"""The order of tiles: divisions, every tile once, even loads of CTAs, the numbers that the kernel declares."""
 
 from __future__ import annotations
 
@@ -7,10 +7,12 @@ import pathlib
 import random
 import re
 
+import jax
+import jax.numpy as jnp
 import pytest
 
-from jax_flash import heuristics, order
-from jax_flash.spec import Params
+from jax_flash import launch, order
+from jax_flash.spec import UNBOUNDED, Attention, KernelSpec, Operands, Params
 
 
 def quotient(divisor: order.Divisor, x: int) -> int:
@@ -49,45 +51,19 @@ def kernel_tiles(rounds: order.Rounds, m_blocks: int, cta: int) -> list[tuple[in
     return tiles
 
 
-def call(head_dim: int, length: int, batch: int, heads: int, causal: bool, element="bfloat16", kv_heads=None):
+def call(head_dim: int, length: int, batch: int, heads: int, causal: bool) -> tuple[KernelSpec, Params]:
     """The best kernel of a call, and its numbers."""
-    flags = dict.fromkeys(("softcap", "sinks", "packed_q", "packed_k", "seqused_q", "seqused_k", "lse"), False)
-    window_right = 0 if causal else -1
-    spec = heuristics.ranked(
-        element=element,
-        out="bfloat16",
-        head_dim=head_dim,
-        head_dim_v=head_dim,
-        window_left=-1,
-        window_right=window_right,
-        **flags,
-    )[0]
-    strides = dict.fromkeys(
-        ("scale_batch_stride", "scale_head_stride", "v_scale_batch_stride", "v_scale_head_stride"), 0
-    )
-    params = Params(
-        batch=batch,
-        heads=heads,
-        kv_heads=kv_heads or heads,
-        head_dim=head_dim,
-        head_dim_v=head_dim,
-        q_groups=batch,
-        q_rows=length,
-        kv_groups=batch,
-        kv_rows=length,
-        sinks_batch_stride=0,
-        window_left=-1,
-        window_right=window_right,
-        softcap=0.0,
-        **strides,
-    )
-    return spec, params
+    rows = jax.ShapeDtypeStruct((batch, length, heads, head_dim), jnp.bfloat16)
+    scale = jax.ShapeDtypeStruct((1, 1), jnp.float32)
+    operands = Operands(rows, rows, rows, scale, scale, *[jax.ShapeDtypeStruct((0,), jnp.int32)] * 5)
+    attention = Attention(window_right=0 if causal else UNBOUNDED, out_dtype="bfloat16")
+    return launch.kernel_specs(attention, operands)[0], Params.of(attention, operands)
 
 
 def tiles_of_ctas(spec, params, ctas: int) -> list[list[tuple[int, int]]]:
     """What each CTA works on, in order."""
     m_blocks = -(-params.q_rows // spec.tile_m)
-    found = order.order(spec, params, min(ctas, m_blocks * params.batch * params.heads))
+    found = order.Order.of(spec, params, min(ctas, m_blocks * params.batch * params.heads))
     assert all(0 <= number < 1 << 32 for number in found.flat())
     return [[t for part in (found.first, found.then) for t in kernel_tiles(part, m_blocks, cta)] for cta in range(ctas)]
 
@@ -136,4 +112,4 @@ def test_kernel_struct_has_the_same_fields():
     text = (pathlib.Path(order.__file__).parent / "kernels" / "order.cuh").read_text()
     for name, fields in (("Divisor", order.Divisor._fields), ("Rounds", order.Rounds._fields)):
         body = text.split(f"struct {name} {{")[1].split("}")[0]
-        assert tuple(re.findall(r"^  \w+ (\w+);", body, re.MULTILINE))[: len(fields)] == fields
+        assert tuple(re.findall(r"^  \w+ (\w+);", body, re.MULTILINE)) == fields

@@ -30,8 +30,8 @@ struct Softmax {
   }
 
   // Turns scores into probabilities 2^(scale * (s - max)) and tells by what to multiply what was summed up before.
-  // The maximum may be off by a factor of 2^kRescaleThreshold, so that most blocks change nothing. Calls `mask` the
-  // scores are what is compared; where kPositive, there is nothing to mask.
+  // The maximum may be off by a factor of 2^kRescaleThreshold, so that most blocks change nothing. Calls `mask`
+  // once scores are what is compared; where kPositive, there is nothing to mask.
   template <bool kPositive, int kCount, typename Mask>
   __device__ __forceinline__ void update(float (&s)[kCount], float (&rescale)[kRowsPerThread], Mask mask) {
     float largest[kRowsPerThread];
