@@ -45,7 +45,8 @@ def measure(row: Row) -> tuple[dict[str, float], dict[str, str]]:
         prepared = {name: pool.submit(prepare, name, row) for name in LIBRARIES}
     for name, future in prepared.items():
         try:
-            result, timer = future.result()
+            compute, timer = future.result()
+            result = compute()
         except Exception as error:  # whatever a peer raises is an answer
             refused[name] = (str(error).splitlines() or [type(error).__name__])[0][:200]
             continue

@@ -30,6 +30,7 @@ PAUSE = 0.1
 CACHE_BYTES = 128 << 20
 """Inputs of less, which the L2 cache could keep from call to call, come in several sets that take turns."""
 
+Result = Callable[[], jax.Array]
 Timer = Callable[[], list[float]]
 Name = TypeVar("Name", bound=Hashable)
 
@@ -170,10 +171,9 @@ def pallas(row: Row) -> Callable:
     return lambda q, k, v: attention_mgpu.attention(q, k, v, config)
 
 
-def jax_timer(function: Callable, sets: list[tuple]) -> tuple[jax.Array, Timer]:
-    """The result of a JAX function of the first set, and its timer."""
+def jax_timer(function: Callable, sets: list[tuple]) -> tuple[Result, Timer]:
+    """How to compute the result of a JAX function of the first set, and its timer."""
     compiled = jax.jit(lambda sets: [function(*arguments) for arguments in sets]).lower(sets).compile()
-    result = compiled(sets)[0]
 
     def on_cpu():
         times = []
@@ -187,7 +187,7 @@ def jax_timer(function: Callable, sets: list[tuple]) -> tuple[jax.Array, Timer]:
         times = kernel_seconds(lambda: compiled(sets), jax.block_until_ready)
         return [seconds / len(sets) for seconds in times]
 
-    return result, on_a_gpu if on_gpu() else on_cpu
+    return lambda: compiled(sets)[0], on_a_gpu if on_gpu() else on_cpu
 
 
 def medians(timers: Mapping[Name, Timer], rounds: int) -> dict[Name, float]:
@@ -215,8 +215,8 @@ def fa3_fwd(row: Row) -> Callable:
     return lambda q, k, v, cu: flash_attn_varlen_func(q, k, v, cu, cu, longest, longest, **options)
 
 
-def torch_timer(function: Callable, sets: list[tuple]) -> tuple[jax.Array, Timer]:
-    """The result of a PyTorch function of the first set, and its timer."""
+def torch_timer(function: Callable, sets: list[tuple]) -> tuple[Result, Timer]:
+    """How to compute the result of a PyTorch function of the first set, and its timer."""
     import torch
 
     def to_torch(x):
@@ -225,7 +225,9 @@ def torch_timer(function: Callable, sets: list[tuple]) -> tuple[jax.Array, Timer
         return torch.from_dlpack(x)
 
     torch_sets = [tuple(map(to_torch, arguments)) for arguments in sets]
-    result = function(*torch_sets[0])
+
+    def result():
+        return jnp.from_dlpack(function(*torch_sets[0]).float().contiguous())
 
     def on_a_gpu():
         times = kernel_seconds(
@@ -233,7 +235,7 @@ def torch_timer(function: Callable, sets: list[tuple]) -> tuple[jax.Array, Timer
         )
         return [seconds / len(sets) for seconds in times]
 
-    return jnp.from_dlpack(result.float().contiguous()), on_a_gpu
+    return result, on_a_gpu
 
 
 LIBRARIES = {
@@ -246,8 +248,11 @@ LIBRARIES = {
 }
 
 
-def prepare(name: str, row: Row) -> tuple[jax.Array, Timer]:
-    """The result of a library on the first set of a row's inputs, and its timer; whatever it raises is its refusal."""
+def prepare(name: str, row: Row) -> tuple[Result, Timer]:
+    """How a library computes its result on the first set of a row's inputs, and its timer; what it raises is a refusal.
+
+    It only compiles: where cuDNN first runs, it captures a graph, which calls of other threads to the GPU would spoil.
+    """
     library, timer = LIBRARIES[name]
     sets = input_sets(row)
     if name == "Pallas":
