@@ -97,12 +97,24 @@ def begun(path: pathlib.Path) -> dict:
     return {"environment": here, "ceilings": ceilings() if on_gpu() else {}, "rows": []}
 
 
+def file_of(name: str, folder: pathlib.Path) -> pathlib.Path:
+    """Where the results of a suite, or of the host, are kept."""
+    folder.mkdir(exist_ok=True)
+    device = "cpu" if not on_gpu() else device_name().lower().replace(" ", "-")
+    return folder / f"{device}-{name}.json"
+
+
+def run_host(folder: pathlib.Path = report.RESULTS) -> None:
+    """Measures the host, writes its file and prints its table."""
+    path = file_of("host", folder)
+    path.write_text(json.dumps({"environment": environment(), "seconds": host.seconds()}, indent=1) + "\n")
+    print(report.host_table(path))
+
+
 def run(name: str, folder: pathlib.Path = report.RESULTS) -> None:
     """Measures a suite, writes its file after every row, and prints its table."""
     suite = SUITES[name]
-    folder.mkdir(exist_ok=True)
-    device = "cpu" if not on_gpu() else device_name().lower().replace(" ", "-")
-    path = folder / f"{device}-{name}.json"
+    path = file_of(name, folder)
     results = begun(path)
     measured = {entry["row"] for entry in results["rows"]}
     for number, row in enumerate(suite.rows):
@@ -123,10 +135,12 @@ def main() -> None:
     parser.add_argument("suite", choices=[*SUITES, "host", "tune"])
     parser.add_argument("head_dims", nargs="*", type=int, default=heuristics.HEAD_DIMS, help="for tune alone")
     arguments = parser.parse_args()
+    if arguments.suite != "cpu" and not on_gpu():
+        raise SystemExit(f"{arguments.suite} needs a GPU of compute capability 9.0; without one there is the suite cpu")
     if arguments.suite == "tune":
         tune.main(arguments.head_dims)
     elif arguments.suite == "host":
-        host.main()
+        run_host()
     else:
         run(arguments.suite)
 

@@ -7,6 +7,7 @@ that differ in head dim, mask and length alone lies beside each file of a GPU.
 from __future__ import annotations
 
 import collections
+import importlib.util
 import json
 import pathlib
 import re
@@ -52,8 +53,7 @@ def table(path: pathlib.Path, only: str = "") -> str:
         f"{name.split(',')[0]} {rate / 1e12:.3g} T{name.split(', ')[1]}" for name, rate in results["ceilings"].items()
     ]
     lines = [
-        f"{unit} on one {environment['device']}, jax {environment['jax']}, {environment['date']}, commit "
-        f"{environment['commit']} (`benchmarks/results/{path.name}`{''.join(f'; {c}' for c in ceilings)}):",
+        f"{unit} on {_measured(environment)} (`benchmarks/results/{path.name}`{''.join(f'; {c}' for c in ceilings)}):",
         "",
         f"| | {' | '.join(libraries)} |",
         f"|---{'|---' * len(libraries)}|",
@@ -62,6 +62,22 @@ def table(path: pathlib.Path, only: str = "") -> str:
         best = (min if unit == "µs" else max)(values.values())
         lines.append(f"| {name} | {' | '.join(_cell(values.get(library), best) for library in libraries)} |")
     return "\n".join(lines) + "\n"
+
+
+def host_table(path: pathlib.Path) -> str:
+    """What calls cost beside their kernel, as a Markdown table."""
+    results = json.loads(path.read_text())
+    lines = [f"On {_measured(results['environment'])} (`benchmarks/results/{path.name}`):", "", "| | |", "|---|---|"]
+    for name, seconds in results["seconds"].items():
+        lines.append(f"| {name} | {f'{seconds:.2g} s' if seconds > 1e-2 else f'{seconds * 1e6:.2g} µs'} |")
+    return "\n".join(lines) + "\n"
+
+
+def _measured(environment: dict[str, str]) -> str:
+    """On what, when and of which sources."""
+    return (
+        f"one {environment['device']}, jax {environment['jax']}, {environment['date']}, commit {environment['commit']}"
+    )
 
 
 def _cell(value: float | None, best: float) -> str:
@@ -73,6 +89,8 @@ def _cell(value: float | None, best: float) -> str:
 
 def plot(path: pathlib.Path) -> pathlib.Path | None:
     """TFLOP/s against length, a line for each library, a panel for each dtype, mask and head dim, if lengths differ."""
+    from matplotlib import pyplot
+
     panels: dict = collections.defaultdict(lambda: collections.defaultdict(dict))
     for entry in json.loads(path.read_text())["rows"]:
         row = row_of(entry["problem"])
@@ -82,8 +100,6 @@ def plot(path: pathlib.Path) -> pathlib.Path | None:
     panels = {key: lines for key, lines in panels.items() if any(len(line) > 2 for line in lines.values())}
     if not panels:
         return None
-    from matplotlib import pyplot
-
     columns = sorted({(dtype, dim) for _, dtype, dim in panels})
     figure, axes = pyplot.subplots(2, len(columns), figsize=(4 * len(columns), 7), sharex=True, squeeze=False)
     for (causal, dtype, dim), lines in panels.items():
@@ -111,11 +127,16 @@ def plot(path: pathlib.Path) -> pathlib.Path | None:
 
 def main() -> None:
     """Rewrites README.md, docs/performance.md and the plots."""
-    paths = sorted(RESULTS.glob("*.json"))
-    for page, only in ((ROOT / "README.md", " S8192 "), (ROOT / "docs" / "performance.md", "")):
-        body = "\n" + "\n".join(filter(None, (table(path, only) for path in paths))) + "\n"
+    if importlib.util.find_spec("matplotlib") is None:
+        raise SystemExit("plots need matplotlib; install it with: pip install matplotlib")
+    hosts = sorted(RESULTS.glob("*-host.json"))
+    suites = sorted({*RESULTS.glob("*.json")} - {*hosts})
+    readme = [table(path, " S8192 ") for path in suites]
+    performance = [*(table(path) for path in suites), *map(host_table, hosts)]
+    for page, tables in ((ROOT / "README.md", readme), (ROOT / "docs" / "performance.md", performance)):
+        body = "\n" + "\n".join(filter(None, tables)) + "\n"
         page.write_text(MARKS.sub(lambda match, body=body: match[1] + body + match[2], page.read_text()))
-    for path in paths:
+    for path in suites:
         if not path.name.startswith("cpu-"):
             plot(path)
 

@@ -119,7 +119,7 @@ def features(dtype: str) -> list[Row]:
         *(dense(dtype, 2, 8192, 32, 128, kv_heads=8, causal=c) for c in masks),
         *(packed(dtype, UNEVEN, 16, 128, causal=c) for c in masks),
         dense(dtype, 1, TOKENS, 16, 128, causal=True, window=1024),
-        *(dense(dtype, 2, 8192, 16, 128, causal=c, softcap=30.0) for c in masks),
+        *(dense(dtype, 2, 8192, 2048 // d, d, causal=c, softcap=30.0) for d in (64, 128, 256) for c in masks),
         *(dense(dtype, 2, 8192, 16, d, causal=c) for d in (96, 192) for c in masks),
         *(dense(dtype, 2, 8192, 16, 192, head_dim_v=128, causal=c) for c in masks),
     ]

@@ -1,5 +1,6 @@
 // The CUDA handlers: Load turns a cubin into a kernel when the program is instantiated, Launch launches it. They know
-// nothing of attention: grid, shared memory, tensor maps and parameters all come as attributes (jax_flash/launch.py).
+// nothing of attention: grid, shared memory, tensor maps, parameters and order come as attributes
+// (jax_flash/launch.py).
 //
 // XLA captures Launch into a CUDA graph, so it neither synchronises, copies from the host nor allocates.
 #include "cuda.h"

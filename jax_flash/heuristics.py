@@ -34,11 +34,11 @@ TUNED: dict[tuple[int, int, bool], dict[str, int | bool]] = {
     (2, 64, False): {"tile_m": 192, "tile_n": 128, "q_stages": 2, "stages": 3, "overlap": 2, "integer_max": True},
     (2, 64, True): {"tile_m": 192, "tile_n": 96, "q_stages": 2, "stages": 3, "overlap": 0, "integer_max": True},
     (2, 96, False): {"tile_m": 192, "tile_n": 96, "q_stages": 1, "stages": 2, "overlap": 2, "integer_max": True},
-    (2, 96, True): {"tile_m": 192, "tile_n": 96, "q_stages": 1, "stages": 2, "overlap": 0, "integer_max": True},
+    (2, 96, True): {"tile_m": 128, "tile_n": 128, "q_stages": 2, "stages": 2, "overlap": 0, "integer_max": True},
     (2, 128, False): {"tile_m": 128, "tile_n": 128, "q_stages": 2, "stages": 2, "overlap": 2, "integer_max": True},
     (2, 128, True): {"tile_m": 128, "tile_n": 128, "q_stages": 2, "stages": 2, "overlap": 0, "integer_max": True},
     (2, 192, False): {"tile_m": 128, "tile_n": 96, "q_stages": 1, "stages": 2, "overlap": 2, "integer_max": True},
-    (2, 192, True): {"tile_m": 128, "tile_n": 96, "q_stages": 1, "stages": 2, "overlap": 0, "integer_max": True},
+    (2, 192, True): {"tile_m": 128, "tile_n": 80, "q_stages": 1, "stages": 2, "overlap": 0, "integer_max": True},
     (2, 256, False): {"tile_m": 128, "tile_n": 64, "q_stages": 1, "stages": 2, "overlap": 2, "integer_max": False},
     (2, 256, True): {"tile_m": 128, "tile_n": 64, "q_stages": 1, "stages": 2, "overlap": 0, "integer_max": True},
 }

@@ -58,7 +58,7 @@ def why_no_nvrtc() -> str | None:
     except Exception as error:  # the bindings raise types of their own when a shared library is missing
         return (
             f"NVRTC, which compiles the kernels, cannot be used ({type(error).__name__}: {error}). "
-            "Install it with: pip install 'jax-flash[cuda13]' (or [cuda12], as your jax)."
+            "Install jax_flash with its extra cuda13, or cuda12, as your jax: pip install '.[cuda13]'."
         )
     return None
 

@@ -110,10 +110,10 @@ NO_ROUNDS = Rounds.of(1, 1, 1, per_section=1)._replace(rounds=0)
 
 
 class Order(NamedTuple):
-    """What kernels/order.cuh declares under this name, field for field."""
+    """What kernels/order.cuh declares under this name, field for field, as are the others."""
 
-    first: Rounds
-    then: Rounds
+    parts: tuple[Rounds, Rounds]
+    """One after the other."""
     heads: Divisor
     heads_of_kv: Divisor
     """Query heads that share keys and values."""
@@ -125,13 +125,13 @@ class Order(NamedTuple):
         """The order of a call; packed queries have no rounds, but what follows from lengths that the kernel reads."""
         row_bytes = (params.head_dim + params.head_dim_v) * heuristics.element_bytes(spec.element)
         fitting_rows = min(L2_BYTES * params.heads // (row_bytes * params.kv_heads), 2**30)
-        first, then = NO_ROUNDS, NO_ROUNDS
+        parts = NO_ROUNDS, NO_ROUNDS
         if not spec.packed_q:
             pairs = params.batch * params.heads
             m_blocks = -(-params.q_rows // spec.tile_m)
             fitting = max(1, fitting_rows // max(1, params.kv_rows))
-            first, then = (unequal if spec.window_right else equal)(pairs, m_blocks, ctas, fitting)
-        return cls(first, then, Divisor.of(params.heads), Divisor.of(params.heads // params.kv_heads), fitting_rows)
+            parts = (unequal if spec.window_right else equal)(pairs, m_blocks, ctas, fitting)
+        return cls(parts, Divisor.of(params.heads), Divisor.of(params.heads // params.kv_heads), fitting_rows)
 
     def flat(self) -> list[int]:
         """All numbers in order."""
@@ -183,26 +183,25 @@ def even_section(pairs: int, width: int) -> int:
 
 
 def mirrored(pairs: int, m_blocks: int, ctas: int) -> tuple[Rounds, Rounds]:
-    """Two tiles of a pair to each CTA, whose lengths add up to the same, as far as that goes; then what is left.
+    """Two tiles of a pair to each CTA, whose lengths add up to the same; then what is left, one to three rounds.
 
-    An odd number of tiles goes by two pairs together.
+    Of less than a round the whole difference between two tiles would remain. An odd number of tiles goes by two pairs
+    together.
     """
     per_section = 1 + m_blocks % 2
     section = per_section * m_blocks // 2
-    double_rounds = pairs * m_blocks // 2 // ctas
-    first_pairs = min(double_rounds * ctas // section, pairs // per_section) * per_section
+    double_rounds = (pairs * m_blocks // ctas - 1) // 2
+    first_pairs = double_rounds * ctas // section * per_section
     rest = pairs - first_pairs
-    first = then = NO_ROUNDS
-    if first_pairs:
-        first = Rounds.of(first_pairs, m_blocks, ctas, per_section=per_section, mirrors=True)
-    if rest:
-        then = Rounds.of(
-            rest,
-            m_blocks,
-            ctas,
-            first_pair=first_pairs,
-            per_section=rest,
-            by_pair=rest * m_blocks <= ctas,
-            alternates=True,
-        )
-    return first, then
+    then = Rounds.of(
+        rest,
+        m_blocks,
+        ctas,
+        first_pair=first_pairs,
+        per_section=rest,
+        by_pair=rest * m_blocks <= ctas,
+        alternates=True,
+    )
+    if first_pairs == 0:
+        return then, NO_ROUNDS
+    return Rounds.of(first_pairs, m_blocks, ctas, per_section=per_section, mirrors=True), then

@@ -10,7 +10,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jax.extend import core
-from jax.interpreters import batching, mlir
+from jax.interpreters import ad, batching, mlir
 
 from jax_flash import launch, reference
 from jax_flash.spec import Attention, Operands, Params
@@ -82,6 +82,12 @@ def _sum_rows(rows, index, batch, like):
 
 
 attend.defvjp(_attend_forward, _attend_backward)
+
+
+def _second_derivative(*_, **__):
+    raise NotImplementedError(
+        "jax_flash.attention has no second derivatives with kernels; use implementation='xla', which has them."
+    )
 
 
 # Abstract evaluation.
@@ -206,6 +212,7 @@ def _primitive(name, abstract, *, cpu, cuda, elsewhere):
     primitive.multiple_results = True
     primitive.def_impl(functools.partial(_run, primitive))
     primitive.def_abstract_eval(abstract)
+    ad.primitive_jvps[primitive] = _second_derivative
     batching.primitive_batchers[primitive] = functools.partial(_batch, primitive)
     mlir.register_lowering(primitive, _for("cpu", cpu), platform="cpu")
     mlir.register_lowering(primitive, _for("cuda", cuda), platform="cuda")

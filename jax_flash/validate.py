@@ -78,14 +78,16 @@ def _check_head_dim(name, x, implementation) -> None:
     if head_dim == 0:
         raise ValueError(f"{name} must be at least 1, got 0.")
     multiple = 16 if x.dtype.itemsize == 1 else 8
-    if name.endswith("v"):
-        advice = "pad it with zeros and cut the output"
+    if head_dim > MAX_HEAD_DIM:
+        advice = ""
+    elif name.endswith("v"):
+        advice = "pad it with zeros and cut the output, or "
     else:
-        advice = f"pad q and k with zeros and give softmax_scale, which is {head_dim} ** -0.5 unless you chose one"
+        advice = f"pad q and k with zeros and give softmax_scale, which is {head_dim} ** -0.5 unless you chose one, or "
     if implementation != "xla" and (head_dim % multiple or head_dim > MAX_HEAD_DIM):
         raise NotImplementedError(
             f"{name} must be a multiple of {multiple} up to {MAX_HEAD_DIM} for dtype {x.dtype.name}, got {head_dim}: "
-            f"{advice}, or use implementation='xla', which takes any."
+            f"{advice}use implementation='xla', which takes any."
         )
 
 

@@ -91,3 +91,12 @@ def test_table_marks_the_best(tmp_path):
     assert "read 4 TB/s" in table
     assert f"| {SMALL} | **2** | 30 |" in table
     assert report.table(path, "no such row") == ""
+
+
+def test_table_of_the_host(tmp_path):
+    path = tmp_path / "some-gpu-host.json"
+    environment = {"device": "GPU", "jax": "1.2.3", "date": "2026-01-01", "commit": "abc"}
+    path.write_text(json.dumps({"environment": environment, "seconds": {"first call": 1.73, "a call": 2.71e-6}}))
+    table = report.host_table(path)
+    assert "On one GPU, jax 1.2.3, 2026-01-01, commit abc (`benchmarks/results/some-gpu-host.json`):" in table
+    assert "| first call | 1.7 s |\n| a call | 2.7 µs |" in table

@@ -12,7 +12,7 @@ import pytest
 from cases import FEATURES, HEAD_DIMS, SOFTCAPS, Case
 from conftest import on_each_kernel
 from jax.test_util import check_grads
-from tolerance import check_close, factor, jit_reference, low_precision
+from tolerance import by_definition, check_close, factor, jit_reference, low_precision
 
 import jax_flash
 from jax_flash import canonical, reference
@@ -59,15 +59,6 @@ def by_kernel(implementation):
     def compute(call):
         fields = {field.name: getattr(call, field.name) for field in dataclasses.fields(call)}
         return jax_flash.attention(**(fields | {"implementation": implementation}))
-
-    return compute
-
-
-def by_definition(compute_dtype=None, **changes):
-    def compute(call):
-        attention, operands = canonical.canonical(call)
-        results = reference.forward(dataclasses.replace(attention, **changes), operands, compute_dtype)
-        return canonical.restore(call, *results)
 
     return compute
 
@@ -128,6 +119,15 @@ def test_fp8_has_no_gradient(implementation, q_len):
         with pytest.raises(NotImplementedError, match="float8_e4m3fn inputs has no gradient"):
             jax.grad(loss, argument)(q, jnp.float32(0.2))
     assert jax.grad(lambda scale: loss(*jax.lax.stop_gradient((q, scale))))(jnp.float32(0.2)) == 0
+
+
+def test_second_derivatives_are_refused(kernel):
+    def loss(x):
+        return jnp.square(jax_flash.attention(x, x, x, implementation=kernel)).sum()
+
+    x = jnp.ones((2, 9, 4, 16), jnp.bfloat16)
+    with pytest.raises(NotImplementedError, match="no second derivatives with kernels; use implementation='xla'"):
+        jax.grad(lambda x: jax.grad(loss)(x).sum())(x)
 
 
 @pytest.mark.parametrize(

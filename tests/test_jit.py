@@ -140,7 +140,7 @@ def test_missing_nvrtc_says_how_to_install_it(monkeypatch):
     assert jit.why_no_nvrtc() is None
     jit.compiler_version.cache_clear()
     monkeypatch.setitem(sys.modules, "cuda.bindings", None)
-    assert "pip install 'jax-flash[cuda13]'" in jit.why_no_nvrtc()
+    assert "pip install '.[cuda13]'" in jit.why_no_nvrtc()
 
 
 @pytest.mark.parametrize(

@@ -293,7 +293,7 @@ for name in ("linen", "nnx"):
     except ImportError as error:
         print(error)
 """
-    message = "jax_flash.nn.{} needs flax; install it with: pip install 'jax-flash[flax]'."
+    message = "jax_flash.nn.{} needs flax; install it with: pip install 'flax>=0.12'."
     assert printed(program) == [*(message.format(framework) for framework in FRAMEWORKS), ""]
 
 

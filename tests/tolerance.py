@@ -19,9 +19,22 @@ FP8_LSE_TOLERANCE = 2**-11
 
 def run(arguments: dict, **more):
     """`jax_flash.attention` under jit: arrays are traced, everything else is static."""
-    arrays = {name: x for name, x in arguments.items() if isinstance(x, (jax.Array, np.ndarray))}
-    static = {name: x for name, x in arguments.items() if name not in arrays}
-    return jax.jit(lambda arrays: jax_flash.attention(**arrays, **static, **more))(arrays)
+    return jax.jit(lambda arrays: jax_flash.attention(**(arguments | arrays), **more))(_arrays(arguments))
+
+
+def _arrays(arguments: dict) -> dict:
+    return {name: x for name, x in arguments.items() if isinstance(x, (jax.Array, np.ndarray))}
+
+
+def by_definition(compute_dtype=None, **changes):
+    """A function that computes a Call by the definition, where fields of Attention may be changed."""
+
+    def compute(call):
+        attention, operands = canonical.canonical(call)
+        results = reference.forward(dataclasses.replace(attention, **changes), operands, compute_dtype)
+        return canonical.restore(call, *results)
+
+    return compute
 
 
 def factor(arguments: dict) -> int:
@@ -36,11 +49,11 @@ def low_precision(dtype):
     return {"float32": None, "float8_e4m3fn": "bfloat16"}.get(np.dtype(dtype).name, np.dtype(dtype).name)
 
 
-def jit_reference(function, arguments: dict, **options):
+def jit_reference(function, arguments: dict):
     """jax.jit for the definition, which in a small case takes longer to compile than to run."""
     scores = np.prod(arguments["q"].shape[:-1]) * np.prod(arguments["k"].shape[:-2])
     quick = {"xla_backend_optimization_level": 0} if scores < 2**23 else None
-    return jax.jit(function, compiler_options=quick, **options)
+    return jax.jit(function, compiler_options=quick)
 
 
 def check(arguments: dict, out, lse=None) -> None:
@@ -49,22 +62,19 @@ def check(arguments: dict, out, lse=None) -> None:
     Raises:
       AssertionError: they differ by more than the tolerance.
     """
-    call = Call(**arguments)
-    forward = jit_reference(reference.forward, arguments, static_argnums=(0, 2))
-    attention, operands = canonical.canonical(call)
-    low, _ = forward(attention, operands, low_precision(call.q.dtype))
-    with jax.enable_x64(True):
-        attention, operands = canonical.canonical(call)
-        truth = forward(dataclasses.replace(attention, out_dtype="float64", return_lse=True), operands, None)
-    call_with_lse = dataclasses.replace(call, return_lse=True)
-    truth, truth_lse = (np.asarray(x) for x in canonical.restore(call_with_lse, *truth))
-    low = canonical.restore(dataclasses.replace(call, return_lse=False), low, None)
 
-    assert out.dtype.name == attention.out_dtype
+    def defined(*options, **changes):
+        compute = by_definition(*options, **changes)
+        with_lse = arguments | {"return_lse": True}
+        return jit_reference(lambda arrays: compute(Call(**(with_lse | arrays))), arguments)(_arrays(arguments))
+
+    low, _ = defined(low_precision(arguments["q"].dtype))
+    with jax.enable_x64(True):
+        truth, truth_lse = map(np.asarray, defined(out_dtype="float64"))
     check_close("out", out, low, truth, factor(arguments))
     if lse is not None:
         assert lse.dtype == np.float32
-        check_lse(lse, truth_lse, FP8_LSE_TOLERANCE if call.q.dtype == "float8_e4m3fn" else 0)
+        check_lse(lse, truth_lse, FP8_LSE_TOLERANCE if arguments["q"].dtype == "float8_e4m3fn" else 0)
 
 
 def check_lse(lse, truth, of_largest: float = 0) -> None:

@@ -1,8 +1,8 @@
 // Softcap: score = softcap * tanh(score / softcap).
 //
-// tanh takes two special functions where softmax takes one, and those bound the loop. So scores nearer to 0 than half
-// of the cap become exponents by an odd polynomial: a score times a polynomial of its square, of degree 3, whose
-// relative error is least there, 5e-7.
+// tanh takes two special functions where softmax takes one, and those bound the loop. So scores nearer to 0 than a
+// quarter of the cap become exponents by an odd polynomial: a score times a polynomial of its square, of degree 2,
+// whose relative error is least there, 4e-7.
 #pragma once
 
 #include "fragment.cuh"
@@ -13,7 +13,7 @@
 namespace jax_flash {
 
 struct Softcap {
-  static constexpr int kTerms = 4;
+  static constexpr int kTerms = 3;
 
   float argument;       // of tanh, by score
   float terms[kTerms];  // of an exponent of 2, by rising powers of a score's square
@@ -21,9 +21,9 @@ struct Softcap {
   float limit;          // scores nearer to 0 are small; 0 where terms would leave the range of numbers
 
   __device__ __forceinline__ Softcap(float scale, const Params& params) {
-    constexpr float kTerm[kTerms] = {0.999999464f, -0.333263189f, 0.131902963f, -0.0444022268f};
+    constexpr float kTerm[kTerms] = {0.999999602f, -0.333219081f, 0.128416136f};
     argument = scale * reciprocal_approx(params.softcap);
-    limit = argument > 1e-4f && argument < 1e4f ? 0.5f * reciprocal_approx(argument) : 0.0f;
+    limit = argument > 1e-4f && argument < 1e4f ? 0.25f * reciprocal_approx(argument) : 0.0f;
     inverse = kLn2 * reciprocal_approx(params.softcap);
     float power = params.softcap * kLog2E * argument;
 #pragma unroll

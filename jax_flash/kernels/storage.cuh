@@ -87,7 +87,7 @@ struct alignas(1024) SharedStorage {
 
   __device__ __forceinline__ void init() {
     for (int slot = 0; slot < kWorkSlots; ++slot) {
-      work[slot].pipe.full.init(kConsumers);
+      work[slot].pipe.full.init(kConsumers);  // each lane that wrote `of_warpgroup`
       work[slot].pipe.empty.init((kConsumerWarps + kClears) * kWarpSize);
       work[slot].located.init(1);
     }

@@ -10,7 +10,7 @@ from jax.typing import DTypeLike
 
 from jax_flash import api, validate
 
-NEEDS_FLAX = "{} needs flax; install it with: pip install 'jax-flash[flax]'."
+NEEDS_FLAX = "{} needs flax; install it with: pip install 'flax>=0.12'."
 
 Shape = tuple[int, ...]
 
