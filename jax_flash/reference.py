@@ -1,4 +1,4 @@
-"""The definition of attention, in plain jnp: what every kernel is tested against, and what runs where none does.
+"""The definition of attention, in plain jnp: what runs where no kernel does, and whose gradients kernels are to give.
 
 Any dense side is a packed side whose sequences are equally long. So there is one computation: groups of query rows
 against groups of key rows, and a mask that compares the sequence and the position of a row with those of a key.
@@ -203,8 +203,8 @@ def _locate(operands, x, cu_seqlens, seqused):
         lengths = jnp.clip(seqused.reshape(groups, count), 0, lengths)
 
     sequence = jnp.clip(sequence, 0, count - 1)
-    position = row[None] - jnp.take_along_axis(bounds, sequence, axis=1)
-    used = (position >= 0) & (position < jnp.take_along_axis(lengths, sequence, axis=1))
+    position = row[None] - jnp.take_along_axis(bounds, sequence, axis=1, mode="clip")
+    used = (position >= 0) & (position < jnp.take_along_axis(lengths, sequence, axis=1, mode="clip"))
     first = count * jnp.arange(groups, dtype=jnp.int32)[:, None]
     return jnp.where(used, first + sequence, -1), position, lengths.reshape(-1)
 
@@ -216,8 +216,9 @@ def _rows_and_keys(operands: Operands, dtype) -> tuple[_Rows, _Keys]:
 
     def per_row(x):
         """What is given for each sequence, for each row of it, and 0 for rows of none."""
-        x = _used(jnp.broadcast_to(x, (operands.batch, x.shape[1]))[q_sequence], used)
-        return jnp.broadcast_to(x, (*x.shape[:2], max(x.shape[2], kv_heads))).reshape(*x.shape[:2], kv_heads, -1)
+        x = x if x.shape[0] == 1 else jnp.take(x, q_sequence, axis=0, mode="clip")
+        x = _used(jnp.broadcast_to(x, (*used.shape, max(x.shape[-1], kv_heads))), used)
+        return x.reshape(*used.shape, kv_heads, -1)
 
     def per_key(x):
         x = _used(x.reshape(*k_sequence.shape, *x.shape[2:]), k_sequence >= 0)
@@ -231,7 +232,7 @@ def _rows_and_keys(operands: Operands, dtype) -> tuple[_Rows, _Keys]:
         sinks=per_row(operands.sinks) if operands.has("sinks") else None,
         used=used,
         sequence=q_sequence,
-        position=q_position + (k_lengths - q_lengths)[q_sequence],
+        position=q_position + jnp.take(k_lengths - q_lengths, q_sequence, mode="clip"),
     )
     return rows, _Keys(k=per_key(operands.k), v=per_key(operands.v), sequence=k_sequence, position=k_position)
 

@@ -4,10 +4,14 @@ from __future__ import annotations
 
 import os
 
-# Read when JAX first meets a GPU. Several workers share one, so none may take most of its memory; and the references
-# are compiled once for each case, where trying out ways to multiply takes longer than the multiplying.
+# Read when JAX first meets a GPU. Several workers share one, so none may take most of its memory.
 os.environ.setdefault("XLA_PYTHON_CLIENT_PREALLOCATE", "false")
-os.environ["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} --xla_gpu_autotune_level=0"
+# Nor a CPU's cores, which NumPy's threads wait for by spinning.
+os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")
+# Most of what XLA compiles here runs once and is small: to make it fast takes longer than to run it.
+os.environ["XLA_FLAGS"] = (
+    f"{os.environ.get('XLA_FLAGS', '')} --xla_backend_optimization_level=0 --xla_gpu_autotune_level=0"
+)
 
 import jax
 import pytest
