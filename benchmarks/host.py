@@ -70,6 +70,6 @@ def chained_call_seconds() -> dict[str, float]:
     return seconds
 
 
-def seconds() -> dict[str, float]:
+def measured() -> dict[str, float]:
     """Both, by what they are."""
     return first_call_seconds() | chained_call_seconds()

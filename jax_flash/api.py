@@ -45,9 +45,9 @@ def attention(
     gradient. Index arrays may hold any values: they are made increasing and cut to the arrays they index. The same
     inputs give the same bits. There is no dropout, bias or mask: causal, window_size and seqused say what is seen.
 
-    Gradients flow to q, k, v, softmax_scale, sinks and the descales; with kernels those of
-    scale factors are NaN where their product is 0. Where q, k and v are FP8, to differentiate in any of these raises;
-    so do, with kernels, second derivatives and forward mode (jax.jvp), which "xla" has.
+    Gradients flow to q, k, v, softmax_scale, sinks and the descales; with kernels those of scale factors are NaN where
+    their product is 0. Where q, k and v are FP8, to differentiate in any of these raises; so do, with kernels, second
+    derivatives and forward mode, which "xla" has.
 
     Args:
       q: queries, dense (B, Sq, H, D) or packed (Tq, H, D); float16, bfloat16, float32 or float8_e4m3fn. D and Dv are
@@ -82,6 +82,7 @@ def attention(
 
     Raises:
       TypeError, ValueError: an argument is wrong; raised while tracing, names the argument, what was expected and came.
+        TypeError also by jax.jvp with kernels.
       NotImplementedError: the request is right, and no kernel serves it, or none of the implementation asked for here;
         or a gradient is asked for where q, k and v are FP8, or a second derivative of a kernel.
 

@@ -183,10 +183,10 @@ def even_section(pairs: int, width: int) -> int:
 
 
 def mirrored(pairs: int, m_blocks: int, ctas: int) -> tuple[Rounds, Rounds]:
-    """Two tiles of a pair to each CTA, whose lengths add up to the same; then what is left, one to three rounds.
+    """Two tiles of a pair to each CTA, whose lengths add up to the same; then what is left, about one to three rounds.
 
     Of less than a round the whole difference between two tiles would remain. An odd number of tiles goes by two pairs
-    together.
+    together. There are no more CTAs than tiles.
     """
     per_section = 1 + m_blocks % 2
     section = per_section * m_blocks // 2
@@ -199,7 +199,7 @@ def mirrored(pairs: int, m_blocks: int, ctas: int) -> tuple[Rounds, Rounds]:
         ctas,
         first_pair=first_pairs,
         per_section=rest,
-        by_pair=rest * m_blocks <= ctas,
+        by_pair=rest * m_blocks == ctas,
         alternates=True,
     )
     if first_pairs == 0:

@@ -192,7 +192,7 @@ def _locate(operands, x, cu_seqlens, seqused):
     if cu_seqlens.size:
         bounds = jnp.clip(jax.lax.cummax(cu_seqlens, axis=1), 0, rows)
         # To compare all with all is soon compiled, but takes memory for each pair.
-        method = "compare_all" if rows * count < 2**16 else "scan_unrolled"
+        method = "compare_all" if groups * rows * count < 2**16 else "scan_unrolled"
         search = functools.partial(jnp.searchsorted, side="right", method=method)
         sequence = jax.vmap(search, in_axes=(0, None))(bounds, row).astype(jnp.int32) - 1
     else:

@@ -8,7 +8,8 @@ import os
 os.environ.setdefault("XLA_PYTHON_CLIENT_PREALLOCATE", "false")
 # Nor a CPU's cores, which NumPy's threads wait for by spinning.
 os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")
-# Most of what XLA compiles here runs once and is small: to make it fast takes longer than to run it.
+# Most of what XLA compiles here runs once and is small: to make it fast takes longer than to run it. The examples run
+# without these flags.
 os.environ["XLA_FLAGS"] = (
     f"{os.environ.get('XLA_FLAGS', '')} --xla_backend_optimization_level=0 --xla_gpu_autotune_level=0"
 )

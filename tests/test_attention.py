@@ -1,4 +1,4 @@
-"""The kernels against the definition: the shared cases, and what is known to go wrong elsewhere."""
+"""The kernels against NumPy: the shared cases, and what is known to go wrong elsewhere."""
 
 from __future__ import annotations
 
