@@ -86,8 +86,7 @@ MAX_ATTEMPTS = 4
 
 def why_no_cuda() -> str | None:
     """Why no CUDA kernel can run on this machine, or None."""
-    gpus = _gpus()
-    return (_why_not_capability(gpus) if gpus else "JAX sees no CUDA GPU.") or jit.why_no_nvrtc()
+    return _why_not_compiled() if _gpus() else "JAX sees no CUDA GPU."
 
 
 def why_not_served(attention: Attention, operands: Operands) -> str | None:
@@ -101,8 +100,7 @@ def why_not_served(attention: Attention, operands: Operands) -> str | None:
             f"the CUDA kernels count in 32 bits, and the rows of all heads of q, k or v, or the heads of all "
             f"sequences, are {MAX_ROWS} or more."
         )
-    gpus = _gpus()
-    return (_why_not_capability(gpus) if gpus else None) or jit.why_no_nvrtc()
+    return _why_not_compiled()
 
 
 def _gpus() -> list[jax.Device]:
@@ -113,11 +111,12 @@ def _gpus() -> list[jax.Device]:
         return []
 
 
-def _why_not_capability(gpus: list[jax.Device]) -> str | None:
-    capability = gpus[0].compute_capability
-    return (
-        None if capability == "9.0" else f"the GPU has compute capability {capability}; the kernels need 9.0 (Hopper)."
-    )
+def _why_not_compiled() -> str | None:
+    """Why kernels for the GPU, or for one of capability 9.0 where there is none, cannot be compiled here, or None."""
+    for gpu in _gpus()[:1]:
+        if gpu.compute_capability != "9.0":
+            return f"the GPU has compute capability {gpu.compute_capability}; the kernels need 9.0 (Hopper)."
+    return jit.why_no_nvrtc()
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True, slots=True)

@@ -191,10 +191,9 @@ def _locate(operands, x, cu_seqlens, seqused):
     row = jnp.arange(rows, dtype=jnp.int32)
     if cu_seqlens.size:
         bounds = jnp.clip(jax.lax.cummax(cu_seqlens, axis=1), 0, rows)
-        # To compare all with all is soon compiled, but takes memory for each pair.
-        method = "compare_all" if groups * rows * count < 2**16 else "scan_unrolled"
-        search = functools.partial(jnp.searchsorted, side="right", method=method)
-        sequence = jax.vmap(search, in_axes=(0, None))(bounds, row).astype(jnp.int32) - 1
+        search = functools.partial(jnp.searchsorted, side="right", method="scan_unrolled")
+        sequence = jax.vmap(search, in_axes=(0, None))(bounds, row) - 1
+        sequence = jnp.clip(sequence, 0, count - 1).astype(jnp.int32)
     else:
         bounds = jnp.broadcast_to(x.shape[1] * jnp.arange(count + 1, dtype=jnp.int32), (groups, count + 1))
         sequence = jnp.broadcast_to(row // x.shape[1], (groups, rows))
@@ -202,7 +201,6 @@ def _locate(operands, x, cu_seqlens, seqused):
     if seqused.size:
         lengths = jnp.clip(seqused.reshape(groups, count), 0, lengths)
 
-    sequence = jnp.clip(sequence, 0, count - 1)
     position = row[None] - jnp.take_along_axis(bounds, sequence, axis=1, mode="clip")
     used = (position >= 0) & (position < jnp.take_along_axis(lengths, sequence, axis=1, mode="clip"))
     first = count * jnp.arange(groups, dtype=jnp.int32)[:, None]

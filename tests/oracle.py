@@ -1,4 +1,4 @@
-"""Attention in NumPy, one head of one sequence at a time: shares nothing with the definition, which it tests."""
+"""Attention in NumPy, one head of one sequence at a time: shares no computation with the definition, which it tests."""
 
 from __future__ import annotations
 
@@ -7,10 +7,13 @@ import math
 
 import numpy as np
 
-PROBABILITY_UNIT = 2.0**7
-"""What probability 1 is before it is rounded: kernels use the range of a narrow dtype, not only that below 1."""
+from jax_flash.reference import PROBABILITY_UNIT
+
+BLOCK_ROWS = 128
+"""Rows whose scores stay in a CPU's cache."""
 
 
+@np.errstate(all="ignore")
 def attention(arguments: dict, low=None, real=np.float64):
     """out and lse of the arguments of `attention`, of dtype `real`, in the user's layout.
 
@@ -25,8 +28,8 @@ def attention(arguments: dict, low=None, real=np.float64):
     scales["q"] = scales["q"] * np.float64(arguments.get("softmax_scale", q.shape[-1] ** -0.5))
     softcap = arguments.get("softcap", 0)
 
-    def rounded(x, dtype):
-        return x if low is None else x.astype(dtype).astype(real)
+    def rounded(x, narrow):
+        return x if low is None else x.astype(narrow).astype(real)
 
     flat_q, flat_k, flat_v = (x.reshape(-1, *x.shape[-2:]) for x in (q, k, v))
     out = np.zeros((*flat_q.shape[:2], v.shape[-1]), real)
@@ -66,8 +69,7 @@ def _visible(arguments: dict, aligned, keys: int):
 
 
 def _blocks(rows: slice) -> list[slice]:
-    """Rows by a few, whose scores stay in a CPU's cache."""
-    return [slice(first, min(first + 128, rows.stop)) for first in range(rows.start, rows.stop, 128)]
+    return [slice(a, min(a + BLOCK_ROWS, rows.stop)) for a in range(rows.start, rows.stop, BLOCK_ROWS)]
 
 
 def _rows_of_sequences(x, cu_seqlens, seqused) -> list[slice]:
