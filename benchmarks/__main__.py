@@ -17,6 +17,7 @@ import pathlib
 import platform
 import subprocess
 import sys
+from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 
 # Peers in PyTorch share the GPU with JAX.
@@ -25,8 +26,8 @@ os.environ.setdefault("XLA_PYTHON_CLIENT_PREALLOCATE", "false")
 import jax
 import numpy as np
 
-from benchmarks import host, report, tune
-from benchmarks.libraries import LIBRARIES, ceilings, input_sets, medians, on_gpu, prepare
+from benchmarks import accuracy, host, report, tune
+from benchmarks.libraries import LIBRARIES, ceilings, input_sets, medians, on_gpu, prepare, reason
 from benchmarks.suites import SUITES, Row
 from jax_flash import heuristics
 
@@ -48,7 +49,7 @@ def measure(row: Row) -> tuple[dict[str, float], dict[str, str]]:
             compute, timer = future.result()
             result = compute()
         except Exception as error:  # whatever a peer raises is an answer
-            refused[name] = (str(error).splitlines() or [type(error).__name__])[0][:200]
+            refused[name] = reason(error)
             continue
         result = np.asarray(result, np.float32)
         ours = result if ours is None else ours
@@ -81,7 +82,7 @@ def environment() -> dict[str, str]:
     }
 
 
-def progress(done: int, total: int, row: Row | None) -> None:
+def progress(done: int, total: int, row: Row | accuracy.Row | None) -> None:
     """A bar on the terminal."""
     if sys.stderr.isatty():
         filled = 40 * done // total
@@ -98,7 +99,7 @@ def begun(path: pathlib.Path) -> dict:
 
 
 def file_of(name: str, folder: pathlib.Path) -> pathlib.Path:
-    """Where the results of a suite, or of the host, are kept."""
+    """Where the results of a suite, of accuracy, or of the host, are kept."""
     folder.mkdir(exist_ok=True)
     device = "cpu" if not on_gpu() else device_name().lower().replace(" ", "-")
     return folder / f"{device}-{name}.json"
@@ -111,34 +112,50 @@ def run_host(folder: pathlib.Path = report.RESULTS) -> None:
     print(report.host_table(path))
 
 
-def run(name: str, folder: pathlib.Path = report.RESULTS) -> None:
-    """Measures a suite, writes its file after every row, and prints its table."""
-    suite = SUITES[name]
-    path = file_of(name, folder)
+def complete(path: pathlib.Path, rows: Sequence[Row | accuracy.Row], entry_of: Callable[..., dict]) -> None:
+    """Adds the entries of the rows that a file lacks, and writes it after every one."""
     results = begun(path)
     measured = {entry["row"] for entry in results["rows"]}
-    for number, row in enumerate(suite.rows):
+    for number, row in enumerate(rows):
         if str(row) in measured:
             continue
-        progress(number, len(suite.rows), row)
-        seconds, refused = measure(row)
-        problem = dataclasses.asdict(row)
-        results["rows"].append({"row": str(row), "problem": problem, "seconds": seconds, "refused": refused})
+        progress(number, len(rows), row)
+        results["rows"].append({"row": str(row), **entry_of(row)})
         path.write_text(json.dumps(results, indent=1) + "\n")
-    progress(len(suite.rows), len(suite.rows), None)
+    progress(len(rows), len(rows), None)
+
+
+def run(name: str, folder: pathlib.Path = report.RESULTS) -> None:
+    """Measures a suite and prints its table."""
+
+    def entry_of(row):
+        seconds, refused = measure(row)
+        return {"problem": dataclasses.asdict(row), "seconds": seconds, "refused": refused}
+
+    path = file_of(name, folder)
+    complete(path, SUITES[name].rows, entry_of)
     print(report.table(path))
 
 
+def run_accuracy(folder: pathlib.Path = report.RESULTS) -> None:
+    """Measures accuracy and prints its table."""
+    path = file_of("accuracy", folder)
+    complete(path, accuracy.ROWS, accuracy.measure)
+    print(report.accuracy_table(path))
+
+
 def main() -> None:
-    """Runs a suite, measures the host, or searches kernels."""
+    """Runs a suite, measures accuracy or the host, or searches kernels."""
     parser = argparse.ArgumentParser(prog="python -m benchmarks", description=__doc__)
-    parser.add_argument("suite", choices=[*SUITES, "host", "tune"])
+    parser.add_argument("suite", choices=[*SUITES, "accuracy", "host", "tune"])
     parser.add_argument("head_dims", nargs="*", type=int, default=heuristics.HEAD_DIMS, help="for tune alone")
     arguments = parser.parse_args()
     if arguments.suite != "cpu" and not on_gpu():
         raise SystemExit(f"{arguments.suite} needs a GPU; without one there is the suite cpu")
     if arguments.suite == "tune":
         tune.main(arguments.head_dims)
+    elif arguments.suite == "accuracy":
+        run_accuracy()
     elif arguments.suite == "host":
         run_host()
     else:

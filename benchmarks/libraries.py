@@ -27,6 +27,12 @@ BURST = 12
 PAUSE = 0.1
 """Seconds between bursts: without them power throttling, not the kernel, decides."""
 
+V_UNIT = 0.5
+"""What one unit of v is worth that is quantised in the jit: a power of two, so that what was FP8 stays as it was."""
+
+CUDNN_OUT_SCALE = 16
+"""By which cuDNN multiplies its FP8 result: averages of many random normal values are small, single ones are not."""
+
 CACHE_BYTES = 128 << 20
 """Inputs of less, which the L2 cache could keep from call to call, come in several sets that take turns."""
 
@@ -37,6 +43,11 @@ Name = TypeVar("Name", bound=Hashable)
 
 class Refusal(Exception):
     """A library cannot run a row; the message says why."""
+
+
+def reason(error: Exception) -> str:
+    """What an exception says, in a line."""
+    return (str(error).splitlines() or [type(error).__name__])[0][:200]
 
 
 def on_gpu() -> bool:
@@ -85,6 +96,12 @@ def without(row: Row, *features: str) -> None:
             raise Refusal(f"takes no {feature}")
 
 
+def plain_fp8(row: Row) -> None:
+    """Refuses all rows but those of FP8 with no feature but a causal mask."""
+    if not row.plain or row.dtype != "float8_e4m3fn":
+        raise Refusal("takes FP8 without further features alone")
+
+
 def kernel_seconds(call: Callable[[], object], wait: Callable[[object], object]) -> list[float]:
     """Kernel time of each call of a burst by CUPTI, as jax.experimental.mosaic.gpu.profiler.measure has it for JAX
     alone. CUPTI serves one profiler at a time, and torch.profiler would not let go of it."""
@@ -115,6 +132,19 @@ def ours(row: Row) -> Callable:
     return (lambda q, k, v, cu: call(q, k, v, cu_seqlens_q=cu, cu_seqlens_k=cu)) if row.packed else call
 
 
+def ours_quantising(row: Row) -> Callable:
+    """jax_flash.attention of q and k in FP8, and of v in bfloat16, which a user quantises by a constant scale."""
+    plain_fp8(row)
+    call = ours(row)
+    return lambda q, k, v: call(q, k, quantised(v), v_descale=V_UNIT)
+
+
+def quantised(v: jax.Array) -> jax.Array:
+    """v in FP8, in units of V_UNIT."""
+    largest = float(jnp.finfo(jnp.float8_e4m3fn).max)
+    return jnp.clip(v / V_UNIT, -largest, largest).astype(jnp.float8_e4m3fn)
+
+
 def jax_nn(row: Row) -> Callable:
     """jax.nn.dot_product_attention: cuDNN on a GPU, XLA on the CPU. It has no packed sequences."""
     without(row, "packed", "softcap")
@@ -124,6 +154,34 @@ def jax_nn(row: Row) -> Callable:
         local_window_size=None if row.window is None else (row.window, 0 if row.causal else row.kv_lengths[0]),
         implementation="cudnn" if on_gpu() else "xla",
     )
+
+
+def cudnn_fp8(row: Row) -> Callable:
+    """cuDNN in FP8, which JAX has under no public name: a descale for each tensor, the result in FP8 too."""
+    if not on_gpu():
+        raise Refusal("not installed")
+    plain_fp8(row)
+    from jax._src.cudnn.fused_attention_stablehlo import MaskType, dot_product_attention, fp8_params_keys
+
+    def attention(q, k, v, q_descale=1.0, k_descale=1.0, v_descale=1.0):
+        scales = {
+            **dict.fromkeys(fp8_params_keys, 1.0),  # most are of the backward pass
+            **{"descale_q": q_descale, "descale_k": k_descale, "descale_v": v_descale},
+            **{"scale_s": 256.0, "descale_s": 1 / 256},  # probabilities, which end at 1, use FP8's range to 448
+            "scale_o": CUDNN_OUT_SCALE,
+        }
+        out, _, _ = dot_product_attention(
+            q,
+            k,
+            v,
+            scale=row.head_dim**-0.5,
+            mask_type=MaskType.CAUSAL if row.causal else MaskType.NO_MASK,
+            use_fp8=True,
+            fp8_params={name: jnp.full((1, 1, 1, 1), scale, jnp.float32) for name, scale in scales.items()},
+        )
+        return out
+
+    return attention
 
 
 def dew_flash_attn(row: Row) -> Callable:
@@ -190,6 +248,30 @@ def jax_timer(function: Callable, sets: list[tuple]) -> tuple[Result, Timer]:
     return lambda: compiled(sets)[0], on_a_gpu if on_gpu() else on_cpu
 
 
+def quantising_timer(function: Callable, sets: list[tuple]) -> tuple[Result, Timer]:
+    """jax_timer of a function that quantises v of bfloat16, less the time of quantising alone, measured before it."""
+    sets = [(q, k, v.astype(jnp.bfloat16)) for q, k, v in sets]
+    result, whole = jax_timer(function, sets)
+    _, alone = jax_timer(lambda q, k, v: quantised(v), sets)
+
+    def difference():
+        quantising = statistics.median(alone())
+        return [seconds - quantising for seconds in whole()]
+
+    return result, difference
+
+
+def cudnn_fp8_timer(function: Callable, sets: list[tuple]) -> tuple[Result, Timer]:
+    """jax_timer; the result is divided by its scale afterwards."""
+    result, timer = jax_timer(function, sets)
+    return lambda: result().astype(jnp.float32) / CUDNN_OUT_SCALE, timer
+
+
+def pallas_timer(function: Callable, sets: list[tuple]) -> tuple[Result, Timer]:
+    """jax_timer; q is scaled beforehand."""
+    return jax_timer(function, [((q * q.shape[-1] ** -0.5).astype(q.dtype), *rest) for q, *rest in sets])
+
+
 def medians(timers: Mapping[Name, Timer], rounds: int) -> dict[Name, float]:
     """The median time of each timer in seconds, all bursts taking turns."""
     times: dict[Name, list[float]] = {name: [] for name in timers}
@@ -240,11 +322,13 @@ def torch_timer(function: Callable, sets: list[tuple]) -> tuple[Result, Timer]:
 
 LIBRARIES = {
     "jax_flash": (ours, jax_timer),
+    "jax_flash, V quantised in the jit": (ours_quantising, quantising_timer),
     "FA3 (dew_flash_attn)": (dew_flash_attn, jax_timer),
     "FA3 (flash_attn3_jax)": (flash_attn3_jax, jax_timer),
     "FA3 (PyTorch)": (fa3_fwd, torch_timer),
     "jax.nn": (jax_nn, jax_timer),
-    "Pallas": (pallas, jax_timer),
+    "cuDNN FP8": (cudnn_fp8, cudnn_fp8_timer),
+    "Pallas": (pallas, pallas_timer),
 }
 
 
@@ -254,10 +338,7 @@ def prepare(name: str, row: Row) -> tuple[Result, Timer]:
     It only compiles: where cuDNN first runs, it captures a graph, which calls of other threads to the GPU would spoil.
     """
     library, timer = LIBRARIES[name]
-    sets = input_sets(row)
-    if name == "Pallas":
-        sets = [((q * q.shape[-1] ** -0.5).astype(q.dtype), *rest) for q, *rest in sets]
-    return timer(library(row), sets)
+    return timer(library(row), input_sets(row))
 
 
 # Ceilings of the machine, measured in the same run.

@@ -1,7 +1,7 @@
 """python -m benchmarks.report: tables and plots from benchmarks/results/*.json.
 
-Tables stand between two marks: all rows in docs/performance.md, those of length 8192 in README.md. A plot of the rows
-that differ in head dim, mask and length alone lies beside each file of a GPU.
+Tables stand between two marks: all rows in docs/performance.md, those of length 8192 in README.md. A plot lies beside
+each file of a GPU: of the rows that differ in head dim, mask and length alone, or of errors.
 """
 
 from __future__ import annotations
@@ -64,6 +64,23 @@ def table(path: pathlib.Path, only: str = "") -> str:
     return "\n".join(lines) + "\n"
 
 
+def accuracy_table(path: pathlib.Path) -> str:
+    """Errors against float64, as a Markdown table."""
+    results = json.loads(path.read_text())
+    columns = list(dict.fromkeys(column for entry in results["rows"] for column in entry["errors"]))
+    measured = _measured(results["environment"])
+    lines = [
+        f"Relative error on {measured} (`benchmarks/results/{path.name}`); of the log-sum-exp the greatest error:",
+        "",
+        f"| | {' | '.join(columns)} | log-sum-exp of jax_flash |",
+        f"|---{'|---' * len(columns)}|---|",
+    ]
+    for entry in results["rows"]:
+        errors = [f"{entry['errors'][column]:.2g}" if column in entry["errors"] else "-" for column in columns]
+        lines.append(f"| {entry['row']} | {' | '.join(errors)} | {entry['lse']:.2g} |")
+    return "\n".join(lines) + "\n"
+
+
 def host_table(path: pathlib.Path) -> str:
     """What calls cost beside their kernel, as a Markdown table."""
     results = json.loads(path.read_text())
@@ -104,20 +121,48 @@ def plot(path: pathlib.Path) -> pathlib.Path | None:
     figure, axes = pyplot.subplots(2, len(columns), figsize=(4 * len(columns), 7), sharex=True, squeeze=False)
     for (causal, dtype, dim), lines in panels.items():
         axis = axes[int(causal)][columns.index((dtype, dim))]
-        for library, line in lines.items():
-            own = library == "jax_flash"
-            axis.plot(
-                *zip(*sorted(line.items()), strict=True), label=library, marker="o", linewidth=2.5 if own else 1.2
-            )
-        axis.set_title(f"{dtype}, head dim {dim}, {'causal' if causal else 'full'}", fontsize=10)
-        axis.set_xscale("log", base=2)
+        _draw(axis, lines, f"{dtype}, head dim {dim}, {'causal' if causal else 'full'}")
         axis.set_ylim(bottom=0)
-        axis.grid(alpha=0.3)
     for axis in axes[-1]:
         axis.set_xlabel("length")
     for axis in axes[:, 0]:
         axis.set_ylabel("TFLOP/s")
     axes[0][0].legend(fontsize=8)
+    return _saved(figure, path)
+
+
+def accuracy_plot(path: pathlib.Path) -> pathlib.Path:
+    """Relative error against length, a line for each column of the table, a panel for each kind of inputs."""
+    from matplotlib import pyplot
+
+    panels: dict = collections.defaultdict(lambda: collections.defaultdict(dict))
+    for entry in json.loads(path.read_text())["rows"]:
+        for column, error in entry["errors"].items():
+            panels[entry["inputs"]][column][entry["length"]] = error
+    figure, axes = pyplot.subplots(1, len(panels), figsize=(4 * len(panels), 4), sharey=True, squeeze=False)
+    for axis, (inputs, lines) in zip(axes[0], panels.items(), strict=True):
+        _draw(axis, lines, inputs)
+        axis.set_yscale("log")
+        axis.set_xlabel("length")
+        axis.legend(fontsize=8)
+    axes[0][0].set_ylabel("relative error")
+    return _saved(figure, path)
+
+
+def _draw(axis, lines: dict[str, dict[int, float]], title: str) -> None:
+    """A line for each name, over lengths."""
+    for name, line in lines.items():
+        own = name == "jax_flash"
+        axis.plot(*zip(*sorted(line.items()), strict=True), label=name, marker="o", linewidth=2.5 if own else 1.2)
+    axis.set_title(title, fontsize=10)
+    axis.set_xscale("log", base=2)
+    axis.grid(alpha=0.3)
+
+
+def _saved(figure, path: pathlib.Path) -> pathlib.Path:
+    """Writes a figure beside its file."""
+    from matplotlib import pyplot
+
     figure.tight_layout()
     picture = path.with_suffix(".png")
     figure.savefig(picture, dpi=100)
@@ -129,16 +174,18 @@ def main() -> None:
     """Rewrites README.md, docs/performance.md and the plots."""
     if importlib.util.find_spec("matplotlib") is None:
         raise SystemExit("plots need matplotlib; install it with: pip install matplotlib")
-    hosts = sorted(RESULTS.glob("*-host.json"))
-    suites = sorted({*RESULTS.glob("*.json")} - {*hosts})
+    accuracies, hosts = (sorted(RESULTS.glob(f"*-{name}.json")) for name in ("accuracy", "host"))
+    suites = sorted({*RESULTS.glob("*.json")} - {*accuracies, *hosts})
     readme = [table(path, " S8192 ") for path in suites]
-    performance = [*(table(path) for path in suites), *map(host_table, hosts)]
+    performance = [*map(table, suites), *map(accuracy_table, accuracies), *map(host_table, hosts)]
     for page, tables in ((ROOT / "README.md", readme), (ROOT / "docs" / "performance.md", performance)):
         body = "\n" + "\n".join(filter(None, tables)) + "\n"
         page.write_text(MARKS.sub(lambda match, body=body: match[1] + body + match[2], page.read_text()))
     for path in suites:
         if not path.name.startswith("cpu-"):
             plot(path)
+    for path in accuracies:
+        accuracy_plot(path)
 
 
 if __name__ == "__main__":

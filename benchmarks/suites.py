@@ -139,7 +139,7 @@ SUITES = {
             *features("bfloat16"),
         )
     ),
-    "fp8": Suite(rows=tuple(grid("float8_e4m3fn", (64, 128, 256), LENGTHS))),
+    "fp8": Suite(rows=(*grid("float8_e4m3fn", (64, 128, 256), LENGTHS), *features("float8_e4m3fn"))),
     "decode": Suite(
         unit="TB/s",
         rows=tuple(

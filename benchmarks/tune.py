@@ -30,7 +30,6 @@ CHOICES: dict[str, tuple[int | bool, ...]] = {
     "stages": (2, 3, 4),
     "ping_pong": (True, False),
     "overlap": (0, 1, 2, 3, 4, 6, 8),
-    "rescale_threshold": (0, 8),
     "integer_max": (False, True),
 }
 

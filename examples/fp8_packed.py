@@ -11,19 +11,13 @@ HEADS, HEAD_DIM = 16, 128
 # 84 sequences lie one after another, 5040 tokens in all: 0, 64, 128, ..., 5040.
 lengths = np.array([64, 64, *(38 + i % 5 for i in range(80)), 1680, 32])
 cu_seqlens = jnp.asarray(np.concatenate([[0], np.cumsum(lengths)]), jnp.int32)
-sequence = np.repeat(np.arange(len(lengths)), lengths)  # of each token
-
-
-def to_fp8(x):
-    """x as FP8, and what one unit of it is worth, for each sequence and head."""
-    largest = jax.ops.segment_max(jnp.abs(x).max(axis=-1), sequence, len(lengths))
-    descale = jnp.where(largest > 0, largest, 1) / float(jnp.finfo(jnp.float8_e4m3fn).max)
-    return (x / descale[sequence][:, :, None]).astype(jnp.float8_e4m3fn), descale
 
 
 @jax.jit
 def attend(q, k, v, cu_seqlens):
-    (q, q_descale), (k, k_descale), (v, v_descale) = to_fp8(q), to_fp8(k), to_fp8(v)
+    (q, q_descale), (k, k_descale), (v, v_descale) = (
+        jax_flash.quantize_fp8(x, cu_seqlens=cu_seqlens) for x in (q, k, v)
+    )
     arguments = {
         "cu_seqlens_q": cu_seqlens,
         "cu_seqlens_k": cu_seqlens,

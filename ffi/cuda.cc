@@ -180,8 +180,9 @@ struct OrderArguments {
 
 Status EncodeMap(const TensorMapRecord& record, void* data, CUtensorMap* map) {
   const bool one_byte = record.element_bytes == 1;
-  const CUtensorMapSwizzle swizzle =
-      record.swizzle_bytes == 128 ? CU_TENSOR_MAP_SWIZZLE_128B : CU_TENSOR_MAP_SWIZZLE_32B;
+  const CUtensorMapSwizzle swizzle = record.swizzle_bytes == 128  ? CU_TENSOR_MAP_SWIZZLE_128B
+                                     : record.swizzle_bytes == 64 ? CU_TENSOR_MAP_SWIZZLE_64B
+                                                                  : CU_TENSOR_MAP_SWIZZLE_32B;
   std::array<cuuint64_t, TensorMapRecord::kRank> dims;
   std::array<cuuint64_t, TensorMapRecord::kRank - 1> strides;
   std::array<cuuint32_t, TensorMapRecord::kRank> box, element_strides;

@@ -1,4 +1,4 @@
-"""FlashAttention-class attention for JAX: `attention`, its definition in `reference`, and Flax modules in `nn`."""
+"""FlashAttention-class attention for JAX: `attention`, its definition in `reference`, `quantize_fp8`, Flax in `nn`."""
 
 from __future__ import annotations
 
@@ -11,8 +11,9 @@ __path__ = pkgutil.extend_path(__path__, __name__)
 
 from jax_flash import reference
 from jax_flash.api import attention
+from jax_flash.quantize import quantize_fp8
 
-__all__ = ["__version__", "attention", "nn", "reference"]
+__all__ = ["__version__", "attention", "nn", "quantize_fp8", "reference"]
 
 
 def __getattr__(name: str) -> Any:

@@ -46,14 +46,14 @@ def attention(
     inputs give the same bits. There is no dropout, bias or mask: causal, window_size and seqused say what is seen.
 
     Gradients flow to q, k, v, softmax_scale, sinks and the descales; with kernels those of scale factors are NaN where
-    their product is 0. Where q, k and v are FP8, to differentiate in any of these raises; so do, with kernels, second
-    derivatives and forward mode, which "xla" has.
+    their product is 0. To differentiate in FP8 k or v raises, and in any of these where q is FP8; so do, with kernels,
+    second derivatives and forward mode, which "xla" has.
 
     Args:
       q: queries, dense (B, Sq, H, D) or packed (Tq, H, D); float16, bfloat16, float32 or float8_e4m3fn. D and Dv are
-        multiples of 8 (16 for FP8) up to 256, any for "xla".
-      k: keys, (B, Sk, Hk, D) or (Tk, Hk, D), of the dtype of q.
-      v: values, (B, Sk, Hk, Dv) or (Tk, Hk, Dv), of the dtype of q.
+        multiples of 8 (16 for FP8 q) up to 256, any for "xla".
+      k: keys, (B, Sk, Hk, D) or (Tk, Hk, D), of the dtype of q, or float8_e4m3fn, which is widened to it.
+      v: values, (B, Sk, Hk, Dv) or (Tk, Hk, Dv), of the dtype of k.
       causal: query i sees keys j <= i + Sk - Sq, in each sequence, with the used lengths.
       window_size: (left, right): query i sees keys i + Sk - Sq - left <= j <= i + Sk - Sq + right; -1 or None is
         unbounded. `causal` makes right 0.
@@ -71,7 +71,7 @@ def attention(
       max_seqlen_k: the longest key sequence, likewise.
       seqused_q: int32 (B,): only the first seqused_q[b] query rows of each sequence count.
       seqused_k: int32 (B,): only the first seqused_k[b] keys of each sequence count.
-      out_dtype: float16, bfloat16 or float32; the dtype of q unless given, bfloat16 for FP8.
+      out_dtype: float16, bfloat16 or float32; the dtype of q unless given, bfloat16 for FP8 q.
       return_lse: whether to return the log-sum-exp of the scores too.
       implementation: "cuda" (a GPU of compute capability 9.0), "cpu" or "xla" (plain jnp); None takes the one that
         serves the platform, "xla" with a warning where none does.
@@ -84,7 +84,7 @@ def attention(
       TypeError, ValueError: an argument is wrong; raised while tracing, names the argument, what was expected and came.
         TypeError also by jax.jvp with kernels.
       NotImplementedError: the request is right, and no kernel serves it, or none of the implementation asked for here;
-        or a gradient is asked for where q, k and v are FP8, or a second derivative of a kernel.
+        or a gradient of FP8 is asked for, or a second derivative of a kernel.
 
     Source: FlashAttention-3, https://arxiv.org/abs/2407.08608; names follow its interface.
     """

@@ -5,6 +5,8 @@ Differentiable in whatever the user may differentiate: q, k, v, softmax_scale, t
 
 from __future__ import annotations
 
+import functools
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -26,10 +28,13 @@ def canonical(call: Call) -> tuple[Attention, Operands]:
         return_lse=bool(call.return_lse),
         implementation=call.implementation,
     )
+    q, k, v = (jnp.asarray(x) for x in (call.q, call.k, call.v))
+    if k.dtype != q.dtype:  # FP8, whose numbers are exact in any other dtype
+        k, v = (x.astype(q.dtype) for x in _without_gradient((k, v)))
     operands = Operands(
-        q=jnp.asarray(call.q)[None] if call.packed_q else jnp.asarray(call.q),
-        k=jnp.asarray(call.k)[None] if call.packed_k else jnp.asarray(call.k),
-        v=jnp.asarray(call.v)[None] if call.packed_k else jnp.asarray(call.v),
+        q=q[None] if call.packed_q else q,
+        k=k[None] if call.packed_k else k,
+        v=v[None] if call.packed_k else v,
         scale=_scale(call),
         v_scale=_descale(call.v_descale, heads=call.k.shape[-2]),
         sinks=_absent(np.float32) if call.sinks is None else jnp.asarray(call.sinks, jnp.float32)[None],
@@ -38,20 +43,21 @@ def canonical(call: Call) -> tuple[Attention, Operands]:
         seqused_q=_absent(np.int32) if call.seqused_q is None else jnp.asarray(call.seqused_q),
         seqused_k=_absent(np.int32) if call.seqused_k is None else jnp.asarray(call.seqused_k),
     )
-    if call.q.dtype == jnp.float8_e4m3fn:
+    if q.dtype == jnp.float8_e4m3fn:
         operands = _without_gradient(operands)
     return attention, operands
 
 
 @jax.custom_jvp
-def _without_gradient(operands: Operands) -> Operands:
-    return operands
+def _without_gradient(arrays):
+    return arrays
 
 
 @_without_gradient.defjvp
 def _refuse_gradient(primals, tangents):
     raise NotImplementedError(
-        "attention of float8_e4m3fn inputs has no gradient; differentiate through float16 or bfloat16 q, k and v."
+        "attention has no gradient in float8_e4m3fn inputs, nor in any input where q is float8_e4m3fn; differentiate "
+        "through float16 or bfloat16 q, k and v, or put jax.lax.stop_gradient around what is constant."
     )
 
 
@@ -61,6 +67,22 @@ def restore(call: Call, out: jax.Array, lse: jax.Array) -> jax.Array | tuple[jax
         out = out[0]
         lse = lse[0] if call.return_lse else lse
     return (out, lse) if call.return_lse else out
+
+
+def segments(cu_seqlens, rows: int) -> tuple[jax.Array, jax.Array]:
+    """Boundaries of packed sequences as every implementation reads them, and the segment of each row, int32.
+
+    Args:
+      cu_seqlens: int32 (G, B + 1), any values.
+      rows: of each group.
+
+    Returns:
+      The running maximum of cu_seqlens, clamped to [0, rows]; and, (G, rows), 0 for rows before the first sequence,
+      b + 1 for those of sequence b, B + 1 for rows after the last.
+    """
+    bounds = jnp.clip(jax.lax.cummax(cu_seqlens, axis=1), 0, rows)
+    search = functools.partial(jnp.searchsorted, side="right", method="scan_unrolled")
+    return bounds, jax.vmap(search, in_axes=(0, None))(bounds, jnp.arange(rows, dtype=jnp.int32)).astype(jnp.int32)
 
 
 def _window(size: int | None) -> int:

@@ -52,7 +52,7 @@ def _wgmma_header(spec: KernelSpec) -> str:
     return (
         '#include "hopper/types.cuh"\nnamespace jax_flash {\n'
         + _wgmma(spec, "ss", spec.tile_n)
-        + _wgmma(spec, "rs", spec.tile_v)
+        + _wgmma(spec, "rs", spec.head_dim_v)
         + "}\n"
     )
 

@@ -14,7 +14,7 @@ from typing import Any
 from jax_flash.spec import UNBOUNDED, KernelSpec
 
 SHARED_LIMIT = 227 * 1024
-"""Bytes of shared memory that one CTA may have on compute capability 9.0."""
+"""Bytes of shared memory that one CTA may have on compute capability 9.0; each further one takes 1024 more."""
 
 HEAD_DIMS = (64, 96, 128, 192, 256)
 """Head dims that kernels are compiled for; others are padded with zeros, up to the next."""
@@ -22,15 +22,25 @@ HEAD_DIMS = (64, 96, 128, 192, 256)
 _SWIZZLE_BYTES = 128
 """A row of Q, K or 16-bit V in shared memory takes a multiple of this."""
 
-_BASE_REGISTERS = {2: 36, 3: 32}
+_BASE_REGISTERS = {1: 36, 2: 36, 3: 32}
 """What a consumer thread takes besides output, scores, P and product, by consumers of a CTA: found by compiling."""
 _FEATURE_REGISTERS = {"window_left": 4, "softcap": 11}
 """What features add to that, found in the same way."""
-_FP8_REGISTERS = 8
-"""And the conversion of P to e4m3."""
+_FP8_REGISTERS = -2
+"""And what FP8 does."""
 
 
 TUNED: dict[tuple[int, int, bool], dict[str, int | bool]] = {
+    (1, 64, False): {"tile_m": 192, "tile_n": 128, "q_stages": 1, "stages": 2, "overlap": 4, "integer_max": True},
+    (1, 64, True): {"tile_m": 192, "tile_n": 128, "q_stages": 1, "stages": 2, "overlap": 0, "integer_max": True},
+    (1, 96, False): {"tile_m": 192, "tile_n": 128, "q_stages": 1, "stages": 2, "overlap": 4, "integer_max": True},
+    (1, 96, True): {"tile_m": 128, "tile_n": 192, "q_stages": 1, "stages": 2, "overlap": 0, "integer_max": True},
+    (1, 128, False): {"tile_m": 128, "tile_n": 192, "q_stages": 2, "stages": 2, "overlap": 2, "integer_max": True},
+    (1, 128, True): {"tile_m": 128, "tile_n": 192, "q_stages": 2, "stages": 2, "overlap": 0, "integer_max": True},
+    (1, 192, False): {"tile_m": 128, "tile_n": 128, "q_stages": 1, "stages": 2, "overlap": 2, "integer_max": True},
+    (1, 192, True): {"tile_m": 128, "tile_n": 128, "q_stages": 1, "stages": 2, "overlap": 0, "integer_max": True},
+    (1, 256, False): {"tile_m": 128, "tile_n": 96, "q_stages": 1, "stages": 2, "overlap": 2, "integer_max": True},
+    (1, 256, True): {"tile_m": 128, "tile_n": 96, "q_stages": 1, "stages": 2, "overlap": 0, "integer_max": True},
     (2, 64, False): {"tile_m": 192, "tile_n": 128, "q_stages": 2, "stages": 3, "overlap": 2, "integer_max": True},
     (2, 64, True): {"tile_m": 192, "tile_n": 96, "q_stages": 2, "stages": 3, "overlap": 0, "integer_max": True},
     (2, 96, False): {"tile_m": 192, "tile_n": 96, "q_stages": 1, "stages": 2, "overlap": 2, "integer_max": True},
@@ -45,6 +55,28 @@ TUNED: dict[tuple[int, int, bool], dict[str, int | bool]] = {
 """What was measured fastest on an H200, by bytes of an element, head dim and whether there is a softcap: fields of
 KernelSpec. A call that needs more registers takes what comes nearest. A softcap is a polynomial only after integer
 maxima. `python -m benchmarks tune` searches from here on."""
+
+
+SHORT_KEYS = 1024
+"""Sequences of so many keys on average, or fewer, are short."""
+
+SHORT: dict[tuple[int, int], dict[str, int | bool]] = {
+    (1, 64): {"transposers": 1},
+    (1, 96): {"transposers": 1},
+    (1, 128): {"tile_n": 128, "q_stages": 1, "transposers": 4},
+    (1, 192): {"transposers": 4},
+}
+"""What is faster then, by bytes of an element and head dim. Each tile of queries transposes all values that it sees, in
+the kernel; from a few tiles on it is cheaper to do so once beforehand."""
+
+
+TINY_ROWS = 64
+"""Sequences of so many queries and keys on average, or fewer, are tiny: 64 rows of one are a tile."""
+
+TINY: dict[tuple[int, int], dict[str, int | bool]] = {
+    (1, 128): {"tile_m": 64, "tile_n": 64, "q_stages": 2, "ctas": 2, "transposers": 1, "ping_pong": False},
+}
+"""What is faster then; it goes before what is for short ones."""
 
 
 def padded_head_dim(head_dim: int) -> int:
@@ -65,57 +97,68 @@ def ranked(
     head_dim_v: int,
     window_left: int,
     window_right: int,
+    mean_queries: float,
+    mean_keys: float,
     **features: bool,
 ) -> list[KernelSpec]:
-    """The legal KernelSpecs of a call, the best first; `features` are the remaining flags of KernelSpec."""
+    """The legal KernelSpecs of a call, the best first.
+
+    `mean_queries` and `mean_keys` are the average lengths of its sequences, `features` further flags of KernelSpec.
+    """
     fixed: dict[str, Any] = {
         "element": element,
         "out": out,
         "head_dim": padded_head_dim(head_dim),
         "head_dim_v": padded_head_dim(head_dim_v),
-        "key_alignment": 16 if element == "float8_e4m3fn" and features["packed_k"] else 1,
         "window_left": window_left != UNBOUNDED,
         "window_right": window_right != UNBOUNDED,
         **features,
     }
     dim = max(fixed["head_dim"], fixed["head_dim_v"])
     tuned = TUNED.get((element_bytes(element), dim, fixed["softcap"]), {})
+    # Under a causal mask half of the queries see a key; packed keys that come transposed share blocks with others.
+    if mean_keys <= SHORT_KEYS * (2 if fixed["window_right"] or fixed["packed_k"] else 1):
+        tuned = tuned | SHORT.get((element_bytes(element), dim), {})
+    if max(mean_queries, mean_keys) <= TINY_ROWS:
+        tuned = tuned | TINY.get((element_bytes(element), dim), {})
     return sorted(filter(legal, candidates(fixed, tuned)), key=functools.partial(cost, tuned=tuned))
 
 
 def candidates(fixed: dict, tuned: dict) -> Iterator[KernelSpec]:
     """Every tiling of a call whose other fields are `fixed`; what is no matter of registers is as in `tuned`."""
     is_fp8 = element_bytes(fixed["element"]) == 1
-    dim_v = fixed["head_dim_v"]
-    # FP8 adds each product in float32, so a wide one can be multiplied in pieces through one small accumulator.
-    pieces = [dim_v // n for n in (1, 2, 4, 8, 16) if dim_v // n % 16 == 0] if is_fp8 else [dim_v]
     step = 32 if is_fp8 else 16
     # A diagonal wastes half of each masked block, which narrower steps make smaller.
     widest = 256 if is_fp8 and not (fixed["window_left"] or fixed["window_right"]) else 128
     widths = {*range(step, widest + 1, step), tuned.get("tile_n", step)}
     depths = {2, 3, tuned.get("stages", 2)}
-    for consumers, tile_n, tile_v, q_stages, stages in itertools.product((2, 3), widths, pieces, (1, 2), depths):
+    counts = {2, 3, tuned.get("tile_m", 128) // 64}
+    for consumers, tile_n, q_stages, stages in itertools.product(counts, widths, (1, 2), depths):
         yield kernel_spec(
             **fixed,
             tile_m=64 * consumers,
             tile_n=tile_n,
-            tile_v=tile_v,
             q_stages=q_stages,
             stages=stages,
             ping_pong=tuned.get("ping_pong", True),
             overlap=tuned.get("overlap", 2),
-            # Exponents of e4m3 have no room for a maximum that lags behind.
-            rescale_threshold=tuned.get("rescale_threshold", 0 if is_fp8 else 8),
             integer_max=tuned.get("integer_max", False),
+            ctas=tuned.get("ctas", 1) if consumers == 1 else 1,
+            # A second warpgroup beside consumers leaves enough registers to two of them alone.
+            transposers=min(tuned.get("transposers", 0), 4 if consumers == 2 else 1),
         )
 
 
 def kernel_spec(**fields: Any) -> KernelSpec:
     """The KernelSpec of all fields but those that follow from the others."""
     consumers = fields["tile_m"] // 64
-    producer_registers, consumer_registers = register_split(consumers)
+    producer_registers, consumer_registers = register_split(consumers, fields["transposers"])
+    is_fp8 = element_bytes(fields["element"]) == 1
     follows = {
-        "threads": 128 * (consumers + 1),
+        "v_box_keys": v_box_keys(is_fp8, fields["tile_n"], fields["transposers"]),
+        # Values that come transposed lie in units of 16 keys.
+        "key_alignment": 16 if is_fp8 and fields["packed_k"] and not fields["transposers"] else 1,
+        "threads": 128 * (1 + consumers + fields["transposers"] // 4),
         "producer_registers": producer_registers,
         "consumer_registers": consumer_registers,
         "shared_bytes": shared_bytes(**fields),
@@ -123,14 +166,25 @@ def kernel_spec(**fields: Any) -> KernelSpec:
     return KernelSpec(**(fields | follows))
 
 
+def v_box_keys(is_fp8: bool, tile_n: int, transposers: int) -> int:
+    """Keys of V that one TMA copy brings: transposed FP8 values lie in swizzled rows, as wide as fit the tile."""
+    if not is_fp8:
+        return tile_n
+    widest = 32 if transposers else 128  # where they are transposed, as many keys as columns
+    return next(keys for keys in (128, 64, 32) if keys <= widest and tile_n % keys == 0)
+
+
 def with_choices(spec: KernelSpec, **choices: Any) -> KernelSpec:
     """The same call's KernelSpec with other choices, legal or not."""
     return kernel_spec(**(dataclasses.asdict(spec) | choices))
 
 
-def register_split(consumers: int) -> tuple[int, int]:
-    """Registers of a producer and of a consumer thread, of the 64 K that a CTA has; a producer spills with 24."""
-    return {2: (40, 232), 3: (32, 160)}[consumers]
+def register_split(consumers: int, transposers: int) -> tuple[int, int]:
+    """Registers of a producer and of a consumer thread, of the 64 K that an SM has; a producer spills with 24, which a
+    warpgroup that transposes takes. With one consumer two CTAs share an SM."""
+    if transposers == 4:
+        return {2: (40, 224)}[consumers]
+    return {1: (40, 216), 2: (40, 232), 3: (32, 160)}[consumers]
 
 
 def shared_bytes(
@@ -149,10 +203,11 @@ def shared_bytes(
     q = tile_m * _up(head_dim * size, _SWIZZLE_BYTES)
     k = tile_n * _up(head_dim * size, _SWIZZLE_BYTES)
     v = tile_n * (head_dim_v if size == 1 else _up(head_dim_v * size, _SWIZZLE_BYTES))
-    out_buffers = tile_m * _SWIZZLE_BYTES * min(2, -(-head_dim_v // 64))
+    total = head_dim_v * (4 if head_dim_v <= 128 else 2) if size == 1 else 0
+    out = tile_m * max(_SWIZZLE_BYTES * min(2, -(-head_dim_v // 64)), total)
     barriers = 16 * (q_stages * tile_m // 64 + 2 * stages) + 8 * stages
     work = 3 * (96 + 16 * tile_m // 64)
-    return _up(q_stages * q + stages * (k + v) + out_buffers + barriers + work, 1024)
+    return _up(q_stages * q + stages * (k + v) + out + barriers + work, 1024)
 
 
 def _up(number: int, multiple: int) -> int:
@@ -160,10 +215,8 @@ def _up(number: int, multiple: int) -> int:
 
 
 def accumulators(spec: KernelSpec) -> int:
-    """Registers of a consumer thread for output, scores, P, and the separate product of FP8."""
-    size = element_bytes(spec.element)
-    product = spec.tile_v // 2 if size == 1 else 0
-    return spec.head_dim_v // 2 + spec.tile_n // 2 + spec.tile_n * size // 8 + product
+    """Registers of a consumer thread for output, scores and P."""
+    return spec.head_dim_v // 2 + spec.tile_n // 2 + spec.tile_n * element_bytes(spec.element) // 8
 
 
 def legal(spec: KernelSpec) -> bool:
@@ -172,12 +225,10 @@ def legal(spec: KernelSpec) -> bool:
     is_fp8 = element_bytes(spec.element) == 1
     registers = accumulators(spec) + _BASE_REGISTERS[consumers] + (_FP8_REGISTERS if is_fp8 else 0)
     registers += sum(count for name, count in _FEATURE_REGISTERS.items() if getattr(spec, name))
-    return spec.shared_bytes <= SHARED_LIMIT and registers <= spec.consumer_registers
+    return spec.ctas * (spec.shared_bytes + 1024) <= SHARED_LIMIT + 1024 and registers <= spec.consumer_registers
 
 
 def cost(spec: KernelSpec, tuned: dict) -> tuple:
     """Smaller is better: what is nearest to the tuned choice; then two consumers and wide steps, with deep buffers."""
     distance = sum(getattr(spec, name) != value for name, value in tuned.items())
-    # Only the first piece of PV runs beside the softmax; each further one is waited for: keys per piece is what counts.
-    pieces = spec.head_dim_v // spec.tile_v
-    return distance, spec.tile_m, -spec.tile_n / pieces, -spec.tile_n, -spec.q_stages, -spec.stages
+    return distance, spec.tile_m, -spec.tile_n, -spec.q_stages, -spec.stages

@@ -138,29 +138,29 @@ class TensorMap:
         return [self.operand, self.element_bytes, self.swizzle_bytes, *self.dims, *self.strides, *self.box]
 
 
-def _rows_map(operand: int, shape, size: int, tile_rows: int) -> TensorMap:
-    """An array (groups, rows, heads, columns), in boxes of 128 bytes of `tile_rows` rows of one head."""
+def _rows_map(operand: int, shape, size: int, box_rows: int, row_bytes: int = 128) -> TensorMap:
+    """An array (groups, rows, heads, columns), in boxes of `row_bytes` bytes of `box_rows` rows of one head."""
     groups, rows, heads, columns = shape
     return TensorMap(
         operand=operand,
         element_bytes=size,
-        swizzle_bytes=128,
+        swizzle_bytes=row_bytes,
         dims=(columns, rows, heads, groups),
         strides=(heads * columns * size, columns * size, rows * heads * columns * size),
-        box=(128 // size, tile_rows, 1, 1),
+        box=(row_bytes // size, box_rows, 1, 1),
     )
 
 
-def _columns_map(operand: int, shape, tile_columns: int) -> TensorMap:
-    """An FP8 array (groups, heads, columns, rows), in boxes of 32 rows (and bytes) of `tile_columns` columns."""
+def _columns_map(operand: int, shape, box_rows: int, tile_columns: int) -> TensorMap:
+    """An FP8 array (groups, heads, columns, rows), in boxes of `box_rows` rows and bytes of `tile_columns` columns."""
     groups, heads, columns, rows = shape
     return TensorMap(
         operand=operand,
         element_bytes=1,
-        swizzle_bytes=32,
+        swizzle_bytes=box_rows,
         dims=(rows, columns, heads, groups),
         strides=(rows, columns * rows, heads * columns * rows),
-        box=(32, tile_columns, 1, 1),
+        box=(box_rows, tile_columns, 1, 1),
     )
 
 
@@ -192,6 +192,8 @@ def kernel_specs(attention: Attention, operands: Operands) -> list[KernelSpec]:
         seqused_q=operands.has("seqused_q"),
         seqused_k=operands.has("seqused_k"),
         lse=attention.return_lse,
+        mean_queries=math.prod(operands.q.shape[:2]) / operands.batch,
+        mean_keys=math.prod(operands.k.shape[:2]) / operands.batch,
     )
 
 
@@ -212,17 +214,19 @@ def forward_cuda(attention: Attention, operands: Operands, specs: list[KernelSpe
     params = Params.of(attention, operands)
     size = operands.q.dtype.itemsize
     maps = [_rows_map(0, operands.q.shape, size, 64), _rows_map(1, operands.k.shape, size, spec.tile_n)]
-    if size == 1:
+    if spec.transposers:
+        maps.append(_rows_map(2, operands.v.shape, size, spec.v_box_keys, row_bytes=32))
+    elif size == 1:
         operands = operands._replace(v=transpose_fp8_values(operands.v))
-        maps.append(_columns_map(2, operands.v.shape, spec.head_dim_v))
+        maps.append(_columns_map(2, operands.v.shape, spec.v_box_keys, spec.head_dim_v))
     else:
-        maps.append(_rows_map(2, operands.v.shape, size, spec.tile_n))
+        maps.append(_rows_map(2, operands.v.shape, size, spec.v_box_keys))
     results = forward_result(attention, params)
     if results[0].dtype.itemsize == 2:
         maps.append(_rows_map(len(operands), results[0].shape, 2, 16))
     # CTAs draw their tiles; where each has one at most there is no counter, and no memset in front of a short kernel.
     tiles = _max_tiles(spec, params)
-    grid = min(tiles, _multiprocessors())
+    grid = min(tiles, spec.ctas * _multiprocessors())
     draws = [jax.ShapeDtypeStruct((1,), jnp.int32)] if spec.packed_q and tiles > grid else []
     call = jax.ffi.ffi_call("jax_flash_cuda_launch", [*results, *draws])
     out, lse, *_ = call(

@@ -27,8 +27,8 @@ PROBABILITY_UNIT = 2.0**7
 def attention(q, k, v, **arguments: Any):
     """`jax_flash.attention` by its definition: the same arguments and results, for any head dim, in float32.
 
-    It computes in float64 under `jax_enable_x64`. `implementation` has no effect. Like any implementation it refuses to
-    be differentiated where q, k and v are FP8.
+    It computes in float64 under `jax_enable_x64`. `implementation` has no effect. Like any implementation it refuses
+    gradients of FP8.
     """
     call = dataclasses.replace(Call(q, k, v, **arguments), implementation="xla")
     validate.check(call)
@@ -190,10 +190,8 @@ def _locate(operands, x, cu_seqlens, seqused):
     count = operands.batch // groups
     row = jnp.arange(rows, dtype=jnp.int32)
     if cu_seqlens.size:
-        bounds = jnp.clip(jax.lax.cummax(cu_seqlens, axis=1), 0, rows)
-        search = functools.partial(jnp.searchsorted, side="right", method="scan_unrolled")
-        sequence = jax.vmap(search, in_axes=(0, None))(bounds, row) - 1
-        sequence = jnp.clip(sequence, 0, count - 1).astype(jnp.int32)
+        bounds, segment = canonical.segments(cu_seqlens, rows)
+        sequence = jnp.clip(segment - 1, 0, count - 1)
     else:
         bounds = jnp.broadcast_to(x.shape[1] * jnp.arange(count + 1, dtype=jnp.int32), (groups, count + 1))
         sequence = jnp.broadcast_to(row // x.shape[1], (groups, rows))

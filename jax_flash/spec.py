@@ -183,8 +183,12 @@ class KernelSpec:
     """Query rows of a CTA; 64 for each consumer warpgroup."""
     tile_n: int
     """Keys of one step of the main loop."""
-    tile_v: int
-    """Columns of V multiplied at a time."""
+    ctas: int
+    """CTAs that an SM holds at a time."""
+    transposers: int
+    """Warps that transpose FP8 values: one of the producer's, or four of their own; 0 where they come transposed."""
+    v_box_keys: int
+    """Keys of V that one TMA copy brings; of transposed FP8 values, as many bytes lie in a row of shared memory."""
     q_stages: int
     """Buffers for Q."""
     stages: int
@@ -193,8 +197,6 @@ class KernelSpec:
     """Whether consumer warpgroups take turns to issue their products."""
     overlap: int
     """Eighths of a step's exponentials that come before the wait for PV; most of the others follow it."""
-    rescale_threshold: int
-    """The output is rescaled when a row's maximum has grown by more than this factor, in log2; 0: at every step."""
     integer_max: bool
     """Whether positive maxima are found by comparing floats as integers, three at a time."""
     threads: int

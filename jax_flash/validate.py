@@ -17,6 +17,7 @@ from jax_flash.spec import Call
 DTYPES = ("float16", "bfloat16", "float32", "float8_e4m3fn")
 FLOAT_DTYPES = ("float16", "bfloat16", "float32")
 IMPLEMENTATIONS = ("cuda", "cpu", "xla")
+GRANULARITIES = ("tensor", "batch", "head")
 MAX_HEAD_DIM = 256
 SOFTCAP_RANGE = (1e-30, 1e30)
 """Beyond it a score over the softcap, or the softmax scale over it, leaves the normal float32."""
@@ -29,14 +30,26 @@ def check(call: Call) -> None:
     """Checks all arguments of one call of `attention`, except whether its implementation can run on this machine."""
     _check_implementation(call.implementation)
     _check_qkv(call)
-    _check_head_dim("head_dim of q and k", call.q, call.implementation)
-    _check_head_dim("head_dim of v", call.v, call.implementation)
+    _check_head_dim("head_dim of q and k", call.q.shape[-1], call)
+    _check_head_dim("head_dim of v", call.v.shape[-1], call)
     _check_sequences(call)
     _check_descales(call)
     _check_softmax(call)
     check_float_dtype("out_dtype", call.out_dtype)
     check_bool("causal", call.causal)
     check_bool("return_lse", call.return_lse)
+
+
+def check_quantization(x, granularity, cu_seqlens, seqused, hadamard) -> None:
+    """Checks all arguments of one call of `quantize_fp8`."""
+    _check_rows("x", x, FLOAT_DTYPES)
+    if not (isinstance(granularity, str) and granularity in GRANULARITIES):
+        raise ValueError(f"granularity must be one of {GRANULARITIES}, got {describe(granularity)}.")
+    if cu_seqlens is not None or seqused is not None or granularity != "tensor":
+        _check_cu_seqlens("cu_seqlens", cu_seqlens, "x", x)
+    if seqused is not None:
+        check_lengths("seqused", seqused, (x.shape[0] if cu_seqlens is None else cu_seqlens.shape[0] - 1,))
+    check_bool("hadamard", hadamard)
 
 
 def _check_implementation(implementation) -> None:
@@ -46,22 +59,14 @@ def _check_implementation(implementation) -> None:
 
 
 def _check_qkv(call: Call) -> None:
-    for name in ("q", "k", "v"):
-        x = getattr(call, name)
-        if not is_array(x):
-            raise TypeError(f"{name} must be an array, got {describe(x)}.")
-        if x.dtype.name not in DTYPES:
-            raise TypeError(f"{name} must have one of the dtypes {DTYPES}, got {x.dtype.name}.")
-        if x.dtype != call.q.dtype:
-            raise TypeError(
-                f"q, k and v must have one dtype, got {call.q.dtype.name} for q and {x.dtype.name} for {name}."
-            )
-        if x.ndim not in (3, 4):
-            raise ValueError(
-                f"{name} must have shape (batch, length, heads, head_dim) or, packed, (tokens, heads, head_dim), "
-                f"got shape {x.shape}."
-            )
     q, k, v = call.q, call.k, call.v
+    for name, x in (("q", q), ("k", k), ("v", v)):
+        _check_rows(name, x, DTYPES)
+    if k.dtype != v.dtype or k.dtype.name not in (q.dtype.name, "float8_e4m3fn"):
+        raise TypeError(
+            f"q, k and v must have one dtype, or k and v both float8_e4m3fn, got {q.dtype.name} for q, {k.dtype.name} "
+            f"for k and {v.dtype.name} for v."
+        )
     if k.shape[-1] != q.shape[-1]:
         raise ValueError(f"k must have the head_dim of q, {q.shape[-1]}, got shape {k.shape}.")
     if v.shape[:-1] != k.shape[:-1]:
@@ -73,36 +78,40 @@ def _check_qkv(call: Call) -> None:
         raise ValueError(f"the {heads} heads of q must be a multiple of the heads of k and v, got {kv_heads} of these.")
 
 
-def _check_head_dim(name, x, implementation) -> None:
-    head_dim = x.shape[-1]
-    if head_dim == 0:
-        raise ValueError(f"{name} must be at least 1, got 0.")
-    multiple = 16 if x.dtype.itemsize == 1 else 8
+def _check_rows(name, x, dtypes) -> None:
+    if not is_array(x):
+        raise TypeError(f"{name} must be an array, got {describe(x)}.")
+    if x.dtype.name not in dtypes:
+        raise TypeError(f"{name} must have one of the dtypes {dtypes}, got {x.dtype.name}.")
+    if x.ndim not in (3, 4):
+        raise ValueError(
+            f"{name} must have shape (batch, length, heads, head_dim) or, packed, (tokens, heads, head_dim), "
+            f"got shape {x.shape}."
+        )
+    if x.shape[-1] == 0:
+        raise ValueError(f"head_dim of {name} must be at least 1, got 0.")
+
+
+def _check_head_dim(name, head_dim, call: Call) -> None:
+    dtype = call.q.dtype  # that of the computation
+    multiple = 16 if dtype.itemsize == 1 else 8
     if head_dim > MAX_HEAD_DIM:
         advice = ""
     elif name.endswith("v"):
         advice = "pad it with zeros and cut the output, or "
     else:
         advice = f"pad q and k with zeros and give softmax_scale, which is {head_dim} ** -0.5 unless you chose one, or "
-    if implementation != "xla" and (head_dim % multiple or head_dim > MAX_HEAD_DIM):
+    if call.implementation != "xla" and (head_dim % multiple or head_dim > MAX_HEAD_DIM):
         raise NotImplementedError(
-            f"{name} must be a multiple of {multiple} up to {MAX_HEAD_DIM} for dtype {x.dtype.name}, got {head_dim}: "
+            f"{name} must be a multiple of {multiple} up to {MAX_HEAD_DIM} for dtype {dtype.name}, got {head_dim}: "
             f"{advice}use implementation='xla', which takes any."
         )
 
 
 def _check_sequences(call: Call) -> None:
-    for side, packed, x in (("q", call.packed_q, call.q), ("k", call.packed_k, call.k)):
+    for side in ("q", "k"):
         name = f"cu_seqlens_{side}"
-        cu_seqlens = getattr(call, name)
-        if packed and cu_seqlens is None:
-            raise ValueError(f"{name} must be given for packed {side} of shape {x.shape}, got None.")
-        if not packed and cu_seqlens is not None:
-            raise ValueError(
-                f"{name} is for packed {side} of shape (tokens, heads, head_dim), got {side} of shape {x.shape}."
-            )
-        if packed:
-            check_boundaries(name, cu_seqlens)
+        _check_cu_seqlens(name, getattr(call, name), side, getattr(call, side))
         _check_max_seqlen(f"max_seqlen_{side}", getattr(call, f"max_seqlen_{side}"))
 
     batch = call.batch
@@ -116,6 +125,18 @@ def _check_sequences(call: Call) -> None:
     for name in ("seqused_q", "seqused_k"):
         if getattr(call, name) is not None:
             check_lengths(name, getattr(call, name), (batch,))
+
+
+def _check_cu_seqlens(name, cu_seqlens, side, x) -> None:
+    packed = x.ndim == 3
+    if packed and cu_seqlens is None:
+        raise ValueError(f"{name} must be given for packed {side} of shape {x.shape}, got None.")
+    if not packed and cu_seqlens is not None:
+        raise ValueError(
+            f"{name} is for packed {side} of shape (tokens, heads, head_dim), got {side} of shape {x.shape}."
+        )
+    if packed:
+        check_boundaries(name, cu_seqlens)
 
 
 def check_boundaries(name, x) -> None:

@@ -31,6 +31,8 @@ class Case:
 
     id: str
     dtype: str = "bfloat16"
+    kv_dtype: str | None = None
+    """Of k and v; that of q unless given."""
     q_lens: tuple[int, ...] = (37, 37, 37)
     """Query length of each sequence; those of a dense side are equal."""
     k_lens: tuple[int, ...] = (53, 53, 53)
@@ -77,10 +79,11 @@ class Case:
         v, _ = self._side(rng, self.k_lens, self.packed_k, self.kv_heads, head_dim_v, self.seqused_k)
         if self.qk_ones:
             q, k = np.ones_like(q), np.ones_like(k)
+        kv_dtype = DTYPES[self.kv_dtype or self.dtype]
         arguments = {
-            "q": q,
-            "k": k,
-            "v": v,
+            "q": q.astype(DTYPES[self.dtype]),
+            "k": k.astype(kv_dtype),
+            "v": v.astype(kv_dtype),
             "cu_seqlens_q": cu_seqlens_q,
             "cu_seqlens_k": cu_seqlens_k,
             "seqused_q": None if self.seqused_q is None else np.array(self.seqused_q, np.int32),
@@ -101,17 +104,16 @@ class Case:
         return {name: value for name, value in arguments.items() if value is not None}
 
     def _side(self, rng, lens, packed, heads, head_dim, seqused):
-        """Random rows of one side, with its cu_seqlens or None."""
-        dtype = DTYPES[self.dtype]
+        """Random rows of one side, float32, with its cu_seqlens or None."""
         counts = lens if seqused is None else np.clip(seqused, 0, lens)
         sequences = [rng.normal(size=(length, heads, head_dim)).astype(np.float32) for length in lens]
         for rows, count in zip(sequences, counts, strict=True):
             rows[count:] = np.nan
         if not packed:
-            return np.stack(sequences).astype(dtype), None
+            return np.stack(sequences), None
         front, tail = (np.full((rows, heads, head_dim), np.nan, np.float32) for rows in (self.front, self.tail))
         boundaries = np.cumsum([self.front, *lens]).astype(np.int32)
-        return np.concatenate([front, *sequences, tail]).astype(dtype), boundaries
+        return np.concatenate([front, *sequences, tail]), boundaries
 
 
 def _drawn(length: int, count: int, seed: int) -> tuple[int, ...]:
@@ -330,4 +332,17 @@ OUT_DTYPES = [
     )
 ]
 
-CASES = [*EXAMPLES, *FA3, *HEAD_DIMS, *FEATURES, *LONG, *SCALES, *SOFTCAPS, *WINDOWS, *OUT_DTYPES]
+# As servers keep keys and values; head dims are then those of the dtype of q.
+FP8_KEYS = [
+    Case(id=f"{dtype}-over-fp8-{name}", dtype=dtype, kv_dtype="float8_e4m3fn", **more)
+    for name, dtype, more in (
+        ("dense", "bfloat16", {"causal": True, "descales": "head", "softmax_scale": 0.2}),
+        ("packed", "float16", {**_LAYOUTS["packed"], **_USED, "window_size": (17, 5), "descales": "kv_head"}),
+        ("packed-k", "bfloat16", {**_LAYOUTS["packed-k"], "sinks": True, "softcap": 4.0, "descales": "batch"}),
+        ("decode", "float16", {"q_lens": (1, 1), "k_lens": (300, 300), "seqused_k": (270, 33), "head_dim": 128}),
+        ("d40-72", "bfloat16", {"head_dim": 40, "head_dim_v": 72, "out_dtype": "float32"}),
+        ("dense", "float32", {"causal": True, "heads": 4, "kv_heads": 1, "descales": "tensor"}),
+    )
+]
+
+CASES = [*EXAMPLES, *FA3, *HEAD_DIMS, *FEATURES, *LONG, *SCALES, *SOFTCAPS, *WINDOWS, *OUT_DTYPES, *FP8_KEYS]

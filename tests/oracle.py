@@ -21,8 +21,8 @@ def attention(arguments: dict, low=None, real=np.float64):
     """
     dtype = arguments["q"].dtype
     q, k, v = (np.asarray(arguments[name]).astype(real) for name in "qkv")
-    q_rows = _rows_of_sequences(q, arguments.get("cu_seqlens_q"), arguments.get("seqused_q"))
-    k_rows = _rows_of_sequences(k, arguments.get("cu_seqlens_k"), arguments.get("seqused_k"))
+    q_rows = rows_of_sequences(q, arguments.get("cu_seqlens_q"), arguments.get("seqused_q"))
+    k_rows = rows_of_sequences(k, arguments.get("cu_seqlens_k"), arguments.get("seqused_k"))
     heads, kv_heads = q.shape[-2], k.shape[-2]
     scales = {name: _scales(arguments.get(f"{name}_descale", 1.0), len(q_rows), heads) for name in "qkv"}
     scales["q"] = scales["q"] * np.float64(arguments.get("softmax_scale", q.shape[-1] ** -0.5))
@@ -72,7 +72,7 @@ def _blocks(rows: slice) -> list[slice]:
     return [slice(a, min(a + BLOCK_ROWS, rows.stop)) for a in range(rows.start, rows.stop, BLOCK_ROWS)]
 
 
-def _rows_of_sequences(x, cu_seqlens, seqused) -> list[slice]:
+def rows_of_sequences(x, cu_seqlens=None, seqused=None) -> list[slice]:
     """The rows that count of each sequence, in x with its leading axes flattened."""
     if cu_seqlens is None:
         boundaries = [b * x.shape[1] for b in range(x.shape[0] + 1)]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import jax
+import numpy as np
 import pytest
 from cases import CASES
 from tolerance import check
@@ -13,10 +14,14 @@ from jax_flash.spec import Call, Operands
 CHOICES = {
     "no-ping-pong": {"ping_pong": False, "overlap": 0},
     "all-overlap": {"overlap": 8},
-    "three-consumers": {"tile_m": 192, "tile_n": 32, "q_stages": 1},
+    "three-consumers": {"tile_m": 192, "tile_n": 32, "q_stages": 1, "transposers": 0},
     "narrow": {"tile_n": 32, "q_stages": 1, "stages": 2},
     "deep": {"tile_n": 32, "stages": 4, "q_stages": 2},
-    "integer-max": {"integer_max": True, "rescale_threshold": 0},
+    "integer-max": {"integer_max": True},
+    "fp8-transposed-before": {"transposers": 0},
+    "fp8-transposer": {"transposers": 1},
+    "fp8-transposers": {"tile_m": 128, "tile_n": 64, "transposers": 4},
+    "fp8-small": {"tile_m": 64, "tile_n": 64, "ctas": 2, "transposers": 1, "ping_pong": False},
 }
 IDS = (
     "long-packed-tiles",
@@ -26,14 +31,22 @@ IDS = (
     "long-packed-window-softcap-sinks-float16",
     "long-packed-causal-softcap-bfloat16",
     "long-packed-sinks-float8_e4m3fn",
+    "long-dense-causal-softcap-float8_e4m3fn",
     "dense-all-bfloat16",
     "packed-239x1",
 )
 
 
+COMBINATIONS = [
+    pytest.param(case, choices, id=f"{case}-{name}")
+    for case in CASES
+    for name, choices in CHOICES.items()
+    if case.id in IDS and (case.dtype == "float8_e4m3fn" or not name.startswith("fp8"))
+]
+
+
 @pytest.mark.gpu
-@pytest.mark.parametrize("choices", CHOICES.values(), ids=CHOICES)
-@pytest.mark.parametrize("case", [case for case in CASES if case.id in IDS], ids=str)
+@pytest.mark.parametrize(("case", "choices"), COMBINATIONS)
 def test_choice(case, choices):
     arguments = case.arguments()
     call = Call(**arguments)
@@ -45,11 +58,27 @@ def test_choice(case, choices):
     check(arguments, *(results if call.return_lse else (results,)))
 
 
-@pytest.mark.parametrize("choices", CHOICES.values(), ids=CHOICES)
-def test_choice_compiles(choices):
-    case = next(case for case in CASES if case.id == "long-packed-causal-softcap-bfloat16")
+@pytest.mark.gpu
+def test_values_transposed_by_whomever_give_the_same_bits():
+    call = Call(**next(case for case in CASES if case.id == "long-dense-causal-softcap-float8_e4m3fn").arguments())
+    attention, operands = canonical.canonical(call)
+    spec = launch.kernel_specs(attention, operands)[0]
+    results = []
+    for transposers in (0, 1, 4):
+        chosen = heuristics.with_choices(spec, tile_m=128, tile_n=64, transposers=transposers)
+        results.append(
+            jax.jit(lambda *arrays, s=chosen: launch.forward_cuda(attention, Operands(*arrays), [s]))(*operands)
+        )
+    for other in results[1:]:
+        jax.tree.map(np.testing.assert_array_equal, results[0], other)
+
+
+@pytest.mark.parametrize("name", CHOICES)
+def test_choice_compiles(name):
+    element = "float8_e4m3fn" if name.startswith("fp8") else "bfloat16"
+    case = next(case for case in CASES if case.id == f"long-packed-causal-softcap-{element}")
     attention, operands = canonical.canonical(Call(**case.arguments()))
-    spec = heuristics.with_choices(launch.kernel_specs(attention, operands)[0], **choices)
+    spec = heuristics.with_choices(launch.kernel_specs(attention, operands)[0], **CHOICES[name])
     launch.compile_best("forward.cu", [spec])
 
 

@@ -8,7 +8,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from cases import FEATURES, HEAD_DIMS, SOFTCAPS, Case
+from cases import FEATURES, FP8_KEYS, HEAD_DIMS, SOFTCAPS, Case
 from conftest import on_each_kernel
 from jax.test_util import check_grads
 from tolerance import check_close, factor, low_precision
@@ -24,6 +24,7 @@ CASES = [
     *(case for case in HEAD_DIMS if case.id in ("bfloat16-d8-8", "bfloat16-d256-256", "bfloat16-d64-256")),
     *(case for case in HEAD_DIMS if case.id in ("float16-d72-72", "float32-d8-72")),
     *SOFTCAPS,
+    *FP8_KEYS,
     Case(id="no-lse", return_lse=False, causal=True),
     Case(id="empty-sequences", q_lens=(0, 9, 30), k_lens=(12, 0, 25), packed_q=True, packed_k=True, causal=True),
     Case(id="nonsense-seqused", q_lens=(23, 23), k_lens=(41, 41), seqused_q=(-5, 10**9), seqused_k=(10**9, 7)),
@@ -37,6 +38,7 @@ WEIGHTINGS = 8
 def gradients(arguments: dict, compute) -> dict:
     """Gradients of random sums of out and lse, where `compute(call)` gives these; the leading axis is the sum's."""
     floats = {name: jnp.asarray(arguments[name]) for name in DIFFERENTIABLE if name in arguments}
+    floats = {name: x for name, x in floats.items() if x.dtype != jnp.float8_e4m3fn}
     if "softmax_scale" in floats:
         floats["softmax_scale"] = floats["softmax_scale"].astype(jnp.float32)
 
@@ -125,9 +127,22 @@ def test_fp8_has_no_gradient(implementation, q_len):
         return out.astype(jnp.float32).sum()
 
     for argument in (0, 1):
-        with pytest.raises(NotImplementedError, match="float8_e4m3fn inputs has no gradient"):
+        with pytest.raises(NotImplementedError, match="nor in any input where q is float8_e4m3fn"):
             jax.grad(loss, argument)(q, jnp.float32(0.2))
     assert jax.grad(lambda scale: loss(*jax.lax.stop_gradient((q, scale))))(jnp.float32(0.2)) == 0
+
+
+@pytest.mark.parametrize("name", ["k", "v"])
+def test_fp8_keys_and_values_have_no_gradient(implementation, name):
+    arguments = FP8_KEYS[0].arguments() | {"return_lse": False, "implementation": implementation}
+
+    def loss(x):
+        return jax_flash.attention(**(arguments | {name: x})).astype(jnp.float32).sum()
+
+    x = jnp.asarray(arguments[name])
+    with pytest.raises(NotImplementedError, match="attention has no gradient in float8_e4m3fn inputs"):
+        jax.grad(loss)(x)
+    assert not jax.grad(lambda x: loss(jax.lax.stop_gradient(x)))(x).any()
 
 
 def test_second_derivatives_are_refused(kernel):

@@ -20,7 +20,7 @@ MODULES = (
     ("primitive",),
     ("launch",),
     ("order",),
-    ("reference", "heuristics", "jit", "codegen", "_ffi"),
+    ("reference", "quantize", "heuristics", "jit", "codegen", "_ffi"),
     ("canonical",),
     ("validate",),
     ("spec",),
@@ -29,7 +29,7 @@ MODULES = (
 KERNEL_FILES = (
     ("mainloop.cuh",),
     ("epilogue.cuh",),
-    ("clear.cuh", "load.cuh", "mask.cuh", "schedule.cuh", "softmax.cuh"),
+    ("prepare.cuh", "load.cuh", "mask.cuh", "schedule.cuh", "softmax.cuh", "total.cuh"),
     ("softcap.cuh", "storage.cuh"),
     ("fragment.cuh",),
     ("operands.cuh", "order.cuh", "tile.cuh"),

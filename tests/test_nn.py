@@ -13,6 +13,7 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 import numpy as np
+import oracle
 import pytest
 from conftest import CPU, CUDA
 from flax import linen, nnx
@@ -255,6 +256,48 @@ def test_module_is_the_definition(kernel, dtype, framework, fields, call):
         random(sum(LENGTHS), FEATURES) if packed else random(len(USED), LENGTH, FEATURES),
         dtype,
     )
+
+
+FP8_CALLS = {
+    "dense": {},
+    "used": {"seqused": USED},
+    "packed": {"cu_seqlens": BOUNDS},
+    "packed-used": {"cu_seqlens": BOUNDS + 2, "seqused": np.array([5, 3, 13], np.int32)},
+}
+
+
+def input_of(call):
+    """x for the arguments `call` of a module; packed it has rows of no sequence at both ends."""
+    return random(sum(LENGTHS) + 4, FEATURES) if "cu_seqlens" in call else random(len(USED), LENGTH, FEATURES)
+
+
+@pytest.mark.parametrize(("kernel", "dtype"), [ON_CPU, ON_CPU_16, ON_CUDA], indirect=["kernel"])
+@pytest.mark.parametrize("call", FP8_CALLS.values(), ids=FP8_CALLS)
+def test_fp8_is_near(kernel, dtype, call):
+    fields = {"num_kv_heads": 2, "causal": True, "dtype": dtype, "implementation": kernel}
+    wide = flash_attention("linen", **fields)
+    ours, same = (flash_attention(framework, fp8=True, **fields) for framework in FRAMEWORKS)
+    params, x = varied(wide.params), input_of(call)
+    out, expected = ours.apply(params, x, **call), wide.apply(params, x, **call)
+    assert out.dtype == dtype
+    out, expected = (np.asarray(y, np.float32) for y in (out, expected))
+    assert 0 < np.linalg.norm(out - expected) < 0.1 * np.linalg.norm(expected)
+
+    params = jax.tree.unflatten(jax.tree.structure(same.params), jax.tree.leaves(params))
+    np.testing.assert_array_equal(np.asarray(same.apply(params, x, **call), np.float32), out)
+
+
+@pytest.mark.parametrize("bad", [np.nan, 1e9])
+@pytest.mark.parametrize("call", ["used", "packed-used"])
+def test_fp8_is_not_scaled_by_unused_rows(kernel, call, bad):
+    call = FP8_CALLS[call]
+    x = input_of(call)
+    used = np.zeros(x.shape[:-1], bool)
+    for rows in oracle.rows_of_sequences(x[..., None], call.get("cu_seqlens"), call["seqused"]):
+        used.reshape(-1)[rows] = True
+    layer = flash_attention("linen", fp8=True, implementation=kernel)
+    out, expected = (layer.apply(layer.params, y, **call) for y in (np.where(used[..., None], x, bad), x))
+    np.testing.assert_array_equal(out, expected)
 
 
 @in_each_framework

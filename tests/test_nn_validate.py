@@ -107,7 +107,8 @@ def test_flax_modules_pass_the_refusal_on(framework, fields, call, message):
         ({"num_heads": 5, "head_dim": None}, ValueError, "head_dim must be given where .* got 5 heads and 48 features"),
         ({"dtype": "wide"}, TypeError, "dtype must be None or one of .* got 'wide' of type str"),
         ({"dtype": jnp.int32}, TypeError, "dtype must be None or one of .* got int32"),
-        ({"dtype": jnp.float8_e4m3fn}, NotImplementedError, "dtype must be .* got float8_e4m3fn: the modules do not"),
+        ({"dtype": jnp.float8_e4m3fn}, NotImplementedError, "dtype must be .* got float8_e4m3fn: .* say fp8=True"),
+        ({"fp8": None}, TypeError, "fp8 must be a Python bool known while tracing, got None of type NoneType"),
     ],
 )
 def test_module_refuses_fields(framework, fields, error, message):
@@ -147,6 +148,23 @@ def test_module_refuses_arguments(framework, x, call, error, message):
     layer = flash_attention(framework)
     with pytest.raises(error, match=message):
         layer.apply(layer.params, x, **call)
+
+
+@in_each_framework
+def test_fp8_has_no_gradient(framework):
+    layer = flash_attention(framework, fp8=True)
+    with pytest.raises(NotImplementedError, match="attention has no gradient in float8_e4m3fn inputs"):
+        jax.grad(lambda params: layer.apply(params, random(2, LENGTH, FEATURES)).sum())(layer.params)
+
+
+@in_each_framework
+def test_fp8_takes_head_dims_of_fp8(framework):
+    def attend():
+        layer = flash_attention(framework, fp8=True, head_dim=24)
+        layer.apply(layer.params, random(2, LENGTH, FEATURES))
+
+    with pytest.raises(NotImplementedError, match=r"head_dim of q and k must be a multiple of 16 up to 256 .* got 24"):
+        attend()
 
 
 def test_nnx_names_its_features():

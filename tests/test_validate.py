@@ -70,9 +70,21 @@ BAD = {
     "dtype-mix-k": (
         dense(k=dense("float16")["k"]),
         TypeError,
-        "q, k and v must have one dtype, got bfloat16 for q and float16 for k",
+        "q, k and v must have one dtype, or k and v both float8_e4m3fn, got bfloat16 for q, float16 for k and bfloat16",
     ),
-    "dtype-mix-v": (dense(v=dense("float32")["v"]), TypeError, "got bfloat16 for q and float32 for v"),
+    "dtype-mix-v": (dense(v=dense("float32")["v"]), TypeError, "got bfloat16 for q, bfloat16 for k and float32 for v"),
+    "dtype-mix-kv": (
+        dense(k=dense("float16")["k"], v=dense("float16")["v"]),
+        TypeError,
+        "got bfloat16 for q, float16 for k and float16 for v",
+    ),
+    "fp8-q": (
+        dense(q=dense("float8_e4m3fn")["q"]),
+        TypeError,
+        "got float8_e4m3fn for q, bfloat16 for k and bfloat16 for v",
+    ),
+    "fp8-k": (dense(k=dense("float8_e4m3fn")["k"]), TypeError, "for q, float8_e4m3fn for k and bfloat16 for v"),
+    "fp8-v": (dense(v=dense("float8_e4m3fn")["v"]), TypeError, "for q, bfloat16 for k and float8_e4m3fn for v"),
     "rank-q": (dense(q=zeros(5, 32, dtype="bfloat16")), ValueError, r"q must have shape .* got shape \(5, 32\)"),
     "rank-k": (dense(k=zeros(1, 1, 7, 2, 32, dtype="bfloat16")), ValueError, "k must have shape .* got shape"),
     "rank-v": (dense(v=zeros(32, dtype="bfloat16")), ValueError, r"v must have shape .* got shape \(32,\)"),
@@ -326,6 +338,9 @@ def test_good_input():
     assert jax_flash.attention(**dense(**more)).shape == shape
     assert jax_flash.attention(**dense(window_size=None, softmax_scale=1), implementation="xla").shape == shape
     assert jax_flash.attention(**packed(), implementation="xla").shape == (BATCH * Q_LEN, HEADS, HEAD_DIM)
+    for dtype in ("float16", "bfloat16", "float32"):
+        over_fp8 = dense("float8_e4m3fn", q=dense(dtype)["q"])
+        assert jax_flash.attention(**over_fp8, implementation="xla").dtype == dtype
 
 
 def test_import_takes_neither_flax_nor_cuda_nor_long():

@@ -36,7 +36,7 @@ __device__ __forceinline__ void copy_rows(const Tile& tile, const Params& params
   const i64 row_elements = static_cast<i64>(params.heads) * params.head_dim_v;
   u16* out = static_cast<u16*>(operands.out) + output_row(tile, params, first_row + row) * params.head_dim_v +
              first_column + vector * 8;
-#pragma unroll
+#pragma unroll 1
   for (int i = 0; i < kWarpRows; i += kRows) {
     const uint4 values =
         *reinterpret_cast<const uint4*>(buffer + (row + i) * kSwizzleBytes + (vector ^ (row + i) % 8) * 16);
@@ -65,7 +65,7 @@ __device__ __forceinline__ void store_16_bit(const Work& work, const Params& par
     __syncwarp();
 #pragma unroll
     for (int column = first; column < end; column += 16) {
-      const float* d = o[column / spec::kTileV] + column % spec::kTileV / 2;
+      const float* d = o + column / 2;
       u32 words[4];
 #pragma unroll
       for (int i = 0; i < 4; ++i) words[i] = pack2<Out>(d[2 * i] * scale[i % 2], d[2 * i + 1] * scale[i % 2]);
@@ -101,7 +101,7 @@ __device__ __forceinline__ void store_32_bit(const Work& work, const Params& par
     float* out = static_cast<float*>(operands.out) + output_row(work.tile, params, row) * params.head_dim_v;
 #pragma unroll
     for (int j = 0; j < spec::kHeadDimV / 8; ++j) {
-      const float* d = o[8 * j / spec::kTileV] + 8 * j % spec::kTileV / 2;
+      const float* d = o + 4 * j;
       const int column = fragment_column(j);
       if (row < work.tile.rows && column < params.head_dim_v) {
         *reinterpret_cast<float2*>(out + column) = float2{d[2 * r] * scale[r], d[2 * r + 1] * scale[r]};
@@ -130,10 +130,7 @@ __device__ __forceinline__ void store_rows(const Work& work, const Params& param
         scale[r] = 0.0f;
         lse[r] = spec::kSinks && used ? work.sink : -kInfinity;
 #pragma unroll
-        for (int piece = 0; piece < kPieces; ++piece) {
-#pragma unroll
-          for (int i = 2 * r; i < spec::kTileV / 2; i += 4) o[piece][i] = o[piece][i + 1] = 0.0f;
-        }
+        for (int i = 2 * r; i < spec::kHeadDimV / 2; i += 4) o[i] = o[i + 1] = 0.0f;
       }
     }
     if constexpr (spec::kLse) {

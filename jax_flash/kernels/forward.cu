@@ -1,7 +1,6 @@
-// Forward attention on compute capability 9.0. One CTA per SM walks over tiles of kTileM query rows of one head: the
-// warps of the first warpgroup find the tiles, load Q, K and V by TMA and clear what must not be read, each further
-// warpgroup computes 64 of the rows.
-#include "clear.cuh"
+// Forward attention on compute capability 9.0. One CTA of each SM, or two small ones, walk over tiles of kTileM query
+// rows of one head: the warps of the first warpgroup find the tiles, load Q, K and V by TMA and prepare values, each
+// further warpgroup computes 64 of the rows.
 #include "epilogue.cuh"
 #include "fragment.cuh"
 #include "hopper/barrier.cuh"
@@ -13,6 +12,7 @@
 #include "operands.cuh"
 #include "order.cuh"
 #include "params.h"
+#include "prepare.cuh"
 #include "schedule.cuh"
 #include "softmax.cuh"
 #include "spec.h"
@@ -21,11 +21,14 @@
 
 namespace jax_flash {
 
-constexpr int kThreads = kWarpgroupSize + kConsumerThreads;
+// The warpgroup that transposes comes last.
+constexpr int kThreads = kWarpgroupSize + kConsumerThreads + kOwnWarpgroup * kWarpgroupSize;
 static_assert(kThreads == spec::kThreads, "heuristics.py launches as many threads");
 
-constexpr int kLaunchRegisters = 64 * 1024 / kThreads / 8 * 8;  // a thread's, of the 64 K that an SM has
-static_assert(kWarpgroupSize * (spec::kProducerRegisters + kConsumers * spec::kConsumerRegisters) <=
+constexpr int kLaunchRegisters = 64 * 1024 / (spec::kCtas * kThreads) / 8 * 8;  // a thread's, of the 64 K of an SM
+constexpr int kTransposerRegisters = 24;
+static_assert(kWarpgroupSize * (spec::kProducerRegisters + kConsumers * spec::kConsumerRegisters +
+                                kOwnWarpgroup * kTransposerRegisters) <=
                   kThreads * kLaunchRegisters,
               "setmaxnreg waits for ever for registers that the CTA was not launched with");
 
@@ -78,7 +81,7 @@ __device__ __forceinline__ void find_tiles(SharedStorage& shared, const Operands
   }
 }
 
-extern "C" __global__ void __launch_bounds__(kThreads, 1)
+extern "C" __global__ void __launch_bounds__(kThreads, spec::kCtas)
     forward(const __grid_constant__ TensorMaps maps, const __grid_constant__ Operands operands,
             const __grid_constant__ Params params, const __grid_constant__ Order order) {
   extern __shared__ __align__(1024) u8 shared_bytes[];
@@ -99,7 +102,10 @@ extern "C" __global__ void __launch_bounds__(kThreads, 1)
     if (warp == 0) find_tiles(shared, operands, params, order);
     if (warp == 1 && lane_index() == 0) KeyLoader(shared, maps).run();
     if (warp == 2 && lane_index() == 0) ValueLoader(shared, maps).run();
-    if (kClears && warp == 3) Clearer(shared).run();
+    if (kPrepares && !kOwnWarpgroup && warp == 3) Preparer(shared, 0).run();
+  } else if (kOwnWarpgroup && warpgroup == kConsumers + 1) {
+    shrink_registers<kTransposerRegisters>();
+    Preparer(shared, warp % kPreparers).run();
   } else {
     grow_registers<spec::kConsumerRegisters>();
     Consumer(shared, operands, maps, params, warpgroup - 1).run();

@@ -18,16 +18,8 @@ __device__ __forceinline__ int fragment_row(int r) {
 
 __device__ __forceinline__ int fragment_column(int j) { return 8 * j + 2 * (lane_index() % 4); }
 
-// PV is multiplied in pieces of kTileV columns. Hopper's FP8 tensor cores keep about 14 bits in their accumulator, so
-// an FP8 product of one block goes to a fresh accumulator and is added to the output in float32; 16-bit adds up in
-// place.
-constexpr int kPieces = spec::kHeadDimV / spec::kTileV;
-static_assert(kPieces * spec::kTileV == spec::kHeadDimV && (spec::Element::kBytes == 1 || kPieces == 1),
-              "16-bit values are multiplied whole");
-
 using Scores = float[spec::kTileN / 2];
-using Piece = float[spec::kTileV / 2];
-using Output = Piece[kPieces];
+using Output = float[spec::kHeadDimV / 2];
 
 // P as the A operand of PV, one group of four registers to each k step of 32 bytes.
 template <typename Element, int kColumns>

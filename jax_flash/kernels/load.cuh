@@ -97,12 +97,18 @@ class ValueLoader {
     const int kv_head = work.kv_head;
     const int kv_group = work.tile.kv_group;
     shared_.v_pipe[slot].empty.wait(ring_.phase ^ 1);
-    Barrier& barrier = kClears && at_edge(work.tile, block) ? shared_.v_landed[slot] : shared_.v_pipe[slot].full;
+    Barrier& barrier = prepares(work.tile, block) ? shared_.v_landed[slot] : shared_.v_pipe[slot].full;
     barrier.arrive_expect(kVBytes);
-    if constexpr (kFp8) {
-      for (int i = 0; i < spec::kTileN / kVKeyBlock; ++i) {
-        tma_load(shared_.v[slot] + i * kVKeyBlock * spec::kHeadDimV, maps_.v, barrier, row + i * kVKeyBlock, 0, kv_head,
-                 kv_group);
+    if constexpr (kTransposes) {
+      u8* unit = shared_.v[slot];
+      for (int key = 0; key < spec::kTileN; key += kVUnit) {
+        for (int column = 0; column < spec::kHeadDimV; column += kVUnit, unit += kUnitBytes) {
+          tma_load(unit, maps_.v, barrier, column, row + key, kv_head, kv_group);
+        }
+      }
+    } else if constexpr (kFp8) {
+      for (int key = 0; key < spec::kTileN; key += spec::kVBoxKeys) {
+        tma_load(shared_.v[slot] + key * spec::kHeadDimV, maps_.v, barrier, row + key, 0, kv_head, kv_group);
       }
     } else {
       load_rows(maps_.v, barrier, shared_.v[slot], kVBlocks, row, kv_head, kv_group);

@@ -18,6 +18,7 @@
 #include "softmax.cuh"
 #include "spec.h"
 #include "storage.cuh"
+#include "total.cuh"
 #include "wgmma.h"
 
 namespace jax_flash {
@@ -33,23 +34,31 @@ constexpr int kPvSteps = spec::kTileN * spec::Element::kBytes / kStepBytes;
 constexpr int kStepsPerBlock = kSwizzleBytes / kStepBytes;
 
 // Q and K: eight rows are 1024 bytes apart. V, 16-bit: the same with keys as rows, the next columns a block further.
-// V, FP8: columns are the rows, of 32 bytes, eight of them 256 bytes apart.
+// V, FP8: columns are the rows, of a byte for each key of a box.
 constexpr u32 kQkDescriptor = descriptor_high(1024, Swizzle::k128Bytes);
-constexpr u32 kVDescriptor = kFp8 ? descriptor_high(256, Swizzle::k32Bytes) : descriptor_high(1024, Swizzle::k128Bytes);
+constexpr u32 kVDescriptor = kFp8 ? descriptor_high(8 * spec::kVBoxKeys, swizzle_of(spec::kVBoxKeys))
+                                  : descriptor_high(1024, Swizzle::k128Bytes);
 constexpr int kVLeadingBytes = kFp8 ? 16 : spec::kTileN * kSwizzleBytes;
-constexpr int kVStepBytes = kFp8 ? spec::kHeadDimV * kVKeyBlock : 16 * kSwizzleBytes;
 
-constexpr int kPieceBytes =
-    kFp8 ? spec::kTileV * kVKeyBlock : spec::kTileV / kBlockColumns * spec::kTileN * kSwizzleBytes;
+// Where the keys of a k step begin in V.
+__device__ constexpr int v_step_bytes(int i) {
+  if (!kFp8) return i * 16 * kSwizzleBytes;
+  const int key = i * kStepBytes;
+  return key / spec::kVBoxKeys * (spec::kVBoxKeys * spec::kHeadDimV) + key % spec::kVBoxKeys;
+}
 
 static_assert(spec::kStages >= 2, "a consumer holds one block while it waits for the next");
-static_assert(spec::kRescaleThreshold == 0 || !kFp8, "e4m3 has no room for probabilities above 1");
 
 class Consumer {
  public:
   __device__ __forceinline__ Consumer(SharedStorage& shared, const Operands& operands, const TensorMaps& maps,
                                       const Params& params, int warpgroup)
-      : shared_(shared), operands_(operands), maps_(maps), params_(params), warpgroup_(warpgroup) {
+      : shared_(shared),
+        operands_(operands),
+        maps_(maps),
+        params_(params),
+        warpgroup_(warpgroup),
+        total_(shared.out[warp_index() - kWarpgroupSize / kWarpSize].total) {
     q_descriptor_ = descriptor_low(shared.q[0][warpgroup], 16);
     k_descriptor_ = descriptor_low(shared.k, 16);
     v_descriptor_ = descriptor_low(shared.v, kVLeadingBytes);
@@ -77,8 +86,8 @@ class Consumer {
       begin_scores(s);
       end_turn();
       finish_scores<0>(s);
-      probabilities<true>(s, softmax, rescale);
-      begin_output(o, rescale);
+      probabilities<true, false, spec::kOverlap>(s, softmax, rescale, [] {});
+      begin_output(rescale);
       p.pack(s);
 
       while (true) {
@@ -94,7 +103,8 @@ class Consumer {
         const bool joined = more && block_ >= begin_ && skipped <= 1;
         if (!joined) {
           shared_.v_pipe[v_ring_.slot].full.wait(v_ring_.phase);
-          values(p, o, rescale, [] {});
+          begin_values(p, o, rescale);
+          finish_values(o);
           skip(trailing);
           if (more && trailing > 1) wait_q();
           store(work, factor, lse, o);
@@ -105,7 +115,7 @@ class Consumer {
         step<true>(s, p, o, softmax, rescale);
         if (skipped > 0) skip_values();
         store(work, factor, lse, o);
-        begin_output(o, rescale);
+        begin_output(rescale);
       }
     }
     if (lane_index() == 0) tma_wait_read();  // shared memory ends with the CTA
@@ -148,31 +158,66 @@ class Consumer {
     while (block_ > last && (block_ > full_end_ || (spec::kIntegerMax && !all_positive(softmax)))) {
       --block_;
       step<true>(s, p, o, softmax, rescale);
+      deposit_if_full(o);
     }
-    while (block_ > last) {
-      --block_;
-      step<false, spec::kIntegerMax>(s, p, o, softmax, rescale);
+    if constexpr (kFp8) {
+      while (block_ > last) {
+        // The last blocks of a tile are one more at most.
+        const int next = block_ - total_.room() + 1;
+        whole_blocks(next > last + 1 ? next : last, s, p, o, softmax, rescale);
+        if (block_ > last) {
+          total_.prepare();
+          --block_;
+          step<false, spec::kIntegerMax, true>(s, p, o, softmax, rescale);
+        }
+      }
+    } else {
+      whole_blocks(last, s, p, o, softmax, rescale);
     }
     if constexpr (kLeftEdge) {
       while (block_ > begin_) {
         --block_;
         step<true>(s, p, o, softmax, rescale);
+        deposit_if_full(o);
       }
     }
   }
 
+  // Blocks that every row sees whole, down to one.
+  __device__ __forceinline__ void whole_blocks(int last, Scores& s, Probabilities<spec::Element, spec::kTileN>& p,
+                                               Output& o, Softmax& softmax, float (&rescale)[kRowsPerThread]) {
+    while (block_ > last) {
+      --block_;
+      step<false, spec::kIntegerMax>(s, p, o, softmax, rescale);
+    }
+  }
+
+  __device__ __forceinline__ void deposit_if_full(Output& o) {
+    if (!kFp8 || total_.room() > 0) return;
+    total_.prepare();
+    total_.deposit(o);
+  }
+
   // Scores of a block, and values of the block before.
-  template <bool kMasked, bool kPositive = false>
+  template <bool kMasked, bool kPositive = false, bool kDeposits = false>
   __device__ __forceinline__ void step(Scores& s, Probabilities<spec::Element, spec::kTileN>& p, Output& o,
                                        Softmax& softmax, float (&rescale)[kRowsPerThread]) {
     float next_rescale[kRowsPerThread];
     begin_scores(s);
     shared_.v_pipe[v_ring_.slot].full.wait(v_ring_.phase);
-    values(p, o, rescale, [&] {
-      end_turn();
-      finish_scores<1>(s);
-      probabilities<kMasked, kPositive>(s, softmax, next_rescale);
-    });
+    begin_values(p, o, rescale);
+    end_turn();
+    finish_scores<1>(s);
+    if constexpr (kDeposits) {  // beside the exponentials, which wait for the values too
+      probabilities<kMasked, kPositive, 0>(s, softmax, next_rescale, [&] {
+        finish_values(o);
+        fence_registers(s);
+        total_.deposit(o);
+      });
+    } else {
+      probabilities<kMasked, kPositive, spec::kOverlap>(s, softmax, next_rescale, [] {});
+      finish_values(o);
+    }
     fence_registers(s);
     p.pack(s);
 #pragma unroll
@@ -245,70 +290,53 @@ class Consumer {
     if (block_ == begin_) release_q();
   }
 
-  template <bool kMasked, bool kPositive = false>
-  __device__ __forceinline__ void probabilities(Scores& s, Softmax& softmax, float (&rescale)[kRowsPerThread]) {
-    softmax.template update<kPositive>(s, rescale, [&] {
+  template <bool kMasked, bool kPositive, int kOverlap, typename Between>
+  __device__ __forceinline__ void probabilities(Scores& s, Softmax& softmax, float (&rescale)[kRowsPerThread],
+                                                Between between) {
+    auto mask_scores = [&] {
       if (kMasked && ((kLeftEdge && block_ < full_begin_) || block_ >= full_end_)) {
         mask<spec::kTileN>(s, work_->tile, params_, first_row(), block_);
       }
-    });
+    };
+    softmax.template update<kPositive, kOverlap>(s, rescale, mask_scores, between);
   }
 
-  // O = O * rescale + P V. Runs `meanwhile` while the first piece is multiplied, and gives the buffer back.
-  template <typename Meanwhile>
-  __device__ __forceinline__ void values(const Probabilities<spec::Element, spec::kTileN>& p, Output& o,
-                                         const float (&rescale)[kRowsPerThread], Meanwhile meanwhile) {
-    const u32 v = advance(v_descriptor_, v_ring_.slot * kVBytes);
-    if constexpr (kFp8) {
+  // O = O * rescale + P V.
+  __device__ __forceinline__ void begin_values(const Probabilities<spec::Element, spec::kTileN>& p, Output& o,
+                                               const float (&rescale)[kRowsPerThread]) {
+    if (__any_sync(kAllLanes, rescale[0] != 1.0f || rescale[1] != 1.0f)) {
 #pragma unroll
-      for (int piece = 0; piece < kPieces; ++piece) {
-        Piece product;
-        wgmma_fence();
-        issue_values(p, advance(v, piece * kPieceBytes), product, false);
-        wgmma_commit();
-        if (piece == 0) meanwhile();
-        wgmma_wait<0>();
-        fence_registers(product);
-#pragma unroll
-        for (int i = 0; i < spec::kTileV / 2; ++i) o[piece][i] = o[piece][i] * rescale[i / 2 % 2] + product[i];
-      }
-    } else {
-      if (spec::kRescaleThreshold == 0 || __any_sync(kAllLanes, rescale[0] != 1.0f || rescale[1] != 1.0f)) {
-#pragma unroll
-        for (int i = 0; i < spec::kTileV / 2; ++i) o[0][i] *= rescale[i / 2 % 2];
-      }
-      wgmma_fence();
-      issue_values(p, v, o[0], !replaces_);
-      wgmma_commit();
-      meanwhile();
-      wgmma_wait<0>();
-      fence_registers(o[0]);
+      for (int i = 0; i < spec::kHeadDimV / 2; ++i) o[i] *= rescale[i / 2 % 2];
+      if constexpr (kFp8) total_.rescale(rescale);
     }
+    wgmma_fence();
+    issue_values(p, advance(v_descriptor_, v_ring_.slot * kVBytes), o, !replaces_);
+    wgmma_commit();
+  }
+
+  __device__ __forceinline__ void finish_values(Output& o) {
+    wgmma_wait<0>();
+    fence_registers(o);
     replaces_ = false;
+    if constexpr (kFp8) total_.count();
     shared_.v_pipe[v_ring_.slot].release();
     v_ring_.advance();
   }
 
-  __device__ __forceinline__ void issue_values(const Probabilities<spec::Element, spec::kTileN>& p, u32 v, Piece& o,
+  __device__ __forceinline__ void issue_values(const Probabilities<spec::Element, spec::kTileN>& p, u32 v, Output& o,
                                                bool accumulate) {
 #pragma unroll
     for (int i = 0; i < kPvSteps; ++i) {
-      wgmma_rs<kVDescriptor>(o, p.steps[i], advance(v, i * kVStepBytes), accumulate || i > 0);
+      wgmma_rs<kVDescriptor>(o, p.steps[i], advance(v, v_step_bytes(i)), accumulate || i > 0);
     }
   }
 
-  // Before a tile's first values: those of 16 bits replace what the output holds, FP8 adds to it.
-  __device__ __forceinline__ void begin_output(Output& o, float (&rescale)[kRowsPerThread]) {
+  // Before a tile's first values, which replace what the output holds.
+  __device__ __forceinline__ void begin_output(float (&rescale)[kRowsPerThread]) {
     replaces_ = true;
+    if constexpr (kFp8) total_.begin();
 #pragma unroll
     for (int r = 0; r < kRowsPerThread; ++r) rescale[r] = 1.0f;
-    if constexpr (kFp8) {
-#pragma unroll
-      for (int piece = 0; piece < kPieces; ++piece) {
-#pragma unroll
-        for (int i = 0; i < spec::kTileV / 2; ++i) o[piece][i] = 0.0f;
-      }
-    }
   }
 
   // The first row of a tile that is this warpgroup's.
@@ -320,8 +348,9 @@ class Consumer {
   // Ends a tile: stores its rows.
   __device__ __forceinline__ void store(Work& work, float (&factor)[kRowsPerThread], float (&lse)[kRowsPerThread],
                                         Output& o) {
+    if constexpr (kFp8) total_.withdraw(o);
     store_rows(work, params_, operands_, maps_, first_row() + warp() * kWarpRows, factor, lse, o,
-               shared_.out[warpgroup_ * (kWarpgroupSize / kWarpSize) + warp()]);
+               shared_.out[warpgroup_ * (kWarpgroupSize / kWarpSize) + warp()].buffers);
     work.release();
   }
 
@@ -355,7 +384,8 @@ class Consumer {
   // Whether blocks begin with keys that some row does not see.
   static constexpr bool kLeftEdge = spec::kWindowLeft || spec::kKeyAlignment > 1;
 
-  bool replaces_;  // whether the values to come are a tile's first
+  Total total_;
+  bool replaces_;  // whether the values to come replace what the output holds
 
   Work* work_;                 // the tile of the scores,
   float scale_;                // its softmax scale,

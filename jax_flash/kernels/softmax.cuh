@@ -13,6 +13,9 @@ namespace jax_flash {
 // P is stored times 2^kOffset: e4m3 has its range above 1 as well as below. The row sum carries the same factor.
 constexpr float kOffset = spec::Element::kBytes == 1 ? 8.0f : 0.0f;
 
+// A row's maximum may lag behind by that much, in base 2: e4m3 ends at 448, which is 2^8.807.
+constexpr float kLag = spec::Element::kBytes == 1 ? 0.0f : 8.0f;
+
 struct Softmax {
   Softcap softcap;
   float scale_log2;  // what a score, capped or not, is multiplied by to become an exponent of 2
@@ -30,10 +33,12 @@ struct Softmax {
   }
 
   // Turns scores into probabilities 2^(scale * (s - max)) and tells by what to multiply what was summed up before.
-  // The maximum may be off by a factor of 2^kRescaleThreshold, so that most blocks change nothing. Calls `mask`
-  // once scores are what is compared; where kPositive, there is nothing to mask.
-  template <bool kPositive, int kCount, typename Mask>
-  __device__ __forceinline__ void update(float (&s)[kCount], float (&rescale)[kRowsPerThread], Mask mask) {
+  // The maximum may be off by a factor of 2^kLag, so that most blocks change nothing. Calls `mask`
+  // once scores are what is compared; where kPositive, there is nothing to mask. Calls `between` once the maxima are
+  // known.
+  template <bool kPositive, int kOverlap, int kCount, typename Mask, typename Between>
+  __device__ __forceinline__ void update(float (&s)[kCount], float (&rescale)[kRowsPerThread], Mask mask,
+                                         Between between) {
     float largest[kRowsPerThread];
     float shift[kRowsPerThread];
     if constexpr (spec::kSoftcap) {
@@ -53,12 +58,14 @@ struct Softmax {
 #pragma unroll
         for (int i = 0; i < kCount; ++i) s[i] = s[i] * scale_log2 - shift[i / 2 % 2];
       }
-      exponentiate(s, [](float exponent, int) { return exponent; });
+      between();
+      exponentiate<kOverlap>(s, [](float exponent, int) { return exponent; });
     } else {
       mask();
       find_largest<kPositive>(s, largest);
       grow(largest, rescale, shift);
-      exponentiate(s, [&](float score, int r) { return score * scale_log2 - shift[r]; });
+      between();
+      exponentiate<kOverlap>(s, [&](float score, int r) { return score * scale_log2 - shift[r]; });
     }
   }
 
@@ -91,7 +98,7 @@ struct Softmax {
 #pragma unroll
     for (int r = 0; r < kRowsPerThread; ++r) {
       largest[r] = quad_max(largest[r]);
-      const bool near = largest[r] * scale_log2 > -spec::kRescaleThreshold;
+      const bool near = largest[r] * scale_log2 > -kLag;
       if (spec::kIntegerMax && !kPositive && near) largest[r] = fmaxf(largest[r], 1e-37f);
     }
   }
@@ -101,22 +108,17 @@ struct Softmax {
                                        float (&shift)[kRowsPerThread]) {
 #pragma unroll
     for (int r = 0; r < kRowsPerThread; ++r) {
-      if (spec::kRescaleThreshold == 0) {
-        rescale[r] = exp2_approx((row_max[r] - reference(largest[r])) * scale_log2);
-        row_max[r] = largest[r];
-      } else {
-        const float growth = (largest[r] - row_max[r]) * scale_log2;
-        const bool grown = growth > spec::kRescaleThreshold;
-        rescale[r] = grown ? exp2_approx(-growth) : 1.0f;
-        row_max[r] = grown ? largest[r] : row_max[r];
-      }
+      const float growth = (largest[r] - row_max[r]) * scale_log2;
+      const bool grown = growth > kLag;
+      rescale[r] = grown ? exp2_approx(-growth) : 1.0f;
+      row_max[r] = grown ? largest[r] : row_max[r];
       shift[r] = reference(row_max[r]) * scale_log2 - kOffset;
       row_sum[r] *= rescale[r];
     }
   }
 
   // Turns scores into 2^exponent(score, row) and sums these up.
-  template <int kCount, typename Exponent>
+  template <int kOverlap, int kCount, typename Exponent>
   __device__ __forceinline__ void exponentiate(float (&s)[kCount], Exponent exponent) {
 #pragma unroll
     for (int r = 0; r < kRowsPerThread; ++r) {
@@ -127,7 +129,7 @@ struct Softmax {
         row_sum[r] += s[i];
         row_sum[r] += s[i + 1];
         const int done = r * kCount / 2 + i / 4 * 2 + 2;
-        if (done == spec::kOverlap * kCount / 16 * 2) hold(row_sum[r]);
+        if (done == kOverlap * kCount / 16 * 2) hold(row_sum[r]);
       }
     }
   }

@@ -1,8 +1,8 @@
 // Storage: the tiles of Q, K and V in shared memory, the barriers around them, and what is known of each tile.
 //
 // Rows of 128 bytes, swizzled: Q of each consumer is [column block][64 rows][128 bytes], K and 16-bit V [column block]
-// [kTileN rows][128 bytes]. FP8 V comes transposed, [block of 32 keys][kHeadDimV][32 bytes]: wgmma wants both FP8
-// operands K-major.
+// [kTileN rows][128 bytes]. FP8 V comes transposed, [box][kHeadDimV][kVBoxKeys bytes]: wgmma wants both FP8 operands
+// K-major.
 #pragma once
 
 #include "fragment.cuh"
@@ -19,7 +19,6 @@ constexpr int kSwizzleBytes = 128;
 constexpr int kBlockColumns = kSwizzleBytes / spec::Element::kBytes;  // columns of one TMA box
 constexpr int kQkBlocks = (spec::kHeadDim + kBlockColumns - 1) / kBlockColumns;
 constexpr int kVBlocks = (spec::kHeadDimV + kBlockColumns - 1) / kBlockColumns;
-constexpr int kVKeyBlock = 32;  // keys, and bytes, of one box of transposed V
 
 constexpr int kQBytes = kQkBlocks * kWarpgroupRows * kSwizzleBytes;  // of one consumer
 constexpr int kKBytes = kQkBlocks * spec::kTileN * kSwizzleBytes;
@@ -31,13 +30,13 @@ constexpr int kConsumers = spec::kTileM / kWarpgroupRows;
 constexpr int kConsumerThreads = kConsumers * kWarpgroupSize;
 constexpr int kConsumerWarps = kConsumers * kWarpgroupSize / kWarpSize;
 
-// `full`: the buffer is written, by TMA or a thread. `empty`: every warp that reads it has done so.
+// `full`: the buffer is written, by TMA or threads. `empty`: every warp that reads it has done so.
 struct Pipe {
   Barrier full;
   Barrier empty;
 
-  __device__ __forceinline__ void init(int readers) {
-    full.init(1);
+  __device__ __forceinline__ void init(int readers, int writers = 1) {
+    full.init(writers);
     empty.init(readers);
   }
 
@@ -45,8 +44,26 @@ struct Pipe {
   __device__ __forceinline__ void release() { empty.arrive_if(lane_index() == 0); }
 };
 
+// FP8 values that come as they are: by one warp of the producer, or by a warpgroup of their own.
+constexpr bool kTransposes = spec::kTransposers > 0;
+constexpr bool kOwnWarpgroup = spec::kTransposers == kWarpgroupSize / kWarpSize;
+static_assert(spec::kTransposers <= 1 || kOwnWarpgroup, "a warpgroup is whole");
+
 // Whether rows around the used keys may hold anything.
 constexpr bool kClears = spec::kPackedK || spec::kSequsedK;
+
+// Whether values of a block are cleared, and whether a warp has anything to do with them before the tensor cores may.
+__device__ __forceinline__ bool clears(const Tile& tile, int block) { return kClears && at_edge(tile, block); }
+__device__ __forceinline__ bool prepares(const Tile& tile, int block) { return kTransposes || clears(tile, block); }
+constexpr bool kPrepares = kTransposes || kClears;
+constexpr int kPreparers = spec::kTransposers > 1 ? spec::kTransposers : 1;  // warps that do so
+
+// Values are prepared in units: those to be transposed in boxes of as many keys as columns, others all at once.
+constexpr int kVUnit = 32;
+constexpr int kUnitBytes = kTransposes ? kVUnit * kVUnit : kVBytes;
+static_assert(!kTransposes || spec::kVBoxKeys == kVUnit, "one copy of TMA brings a unit");
+constexpr int kUnitVectors = kUnitBytes / 16;
+constexpr int kVUnits = kVBytes / kUnitBytes;
 
 // What is known of a tile, from the warp that finds it until all its readers are done. No rows end the work.
 struct Work {
@@ -74,21 +91,30 @@ constexpr int kOutColumns = 64;
 constexpr int kOutBytes = kWarpRows * kSwizzleBytes;
 constexpr int kOutBuffers = spec::kHeadDimV > kOutColumns ? 2 : 1;
 
+// A number of an FP8 Total takes so much, as there is less room for wide outputs.
+constexpr int kTotalBytes = spec::kHeadDimV <= 128 ? 4 : 2;
+
+// A warp's own: its Total has been taken out by the time that its rows wait.
+union alignas(1024) WarpStorage {
+  u8 buffers[kOutBuffers][kOutBytes];
+  u8 total[kFp8 ? kWarpRows * spec::kHeadDimV * kTotalBytes : 1];
+};
+
 struct alignas(1024) SharedStorage {
   u8 q[spec::kQStages][kConsumers][kQBytes];
   u8 k[spec::kStages][kKBytes];
   u8 v[spec::kStages][kVBytes];
-  u8 out[kConsumerWarps][kOutBuffers][kOutBytes];
+  WarpStorage out[kConsumerWarps];
   Pipe q_pipe[spec::kQStages][kConsumers];
   Pipe k_pipe[spec::kStages];
   Pipe v_pipe[spec::kStages];
-  Barrier v_landed[spec::kStages];  // instead of `full`, where unused values must be cleared first
+  Barrier v_landed[spec::kStages];  // instead of `full`, where values must be prepared first
   Work work[kWorkSlots];
 
   __device__ __forceinline__ void init() {
     for (int slot = 0; slot < kWorkSlots; ++slot) {
       work[slot].pipe.full.init(kConsumers);  // each lane that wrote `of_warpgroup`
-      work[slot].pipe.empty.init((kConsumerWarps + kClears) * kWarpSize);
+      work[slot].pipe.empty.init((kConsumerWarps + (kPrepares ? kPreparers : 0)) * kWarpSize);
       work[slot].located.init(1);
     }
     for (int stage = 0; stage < spec::kQStages; ++stage) {
@@ -98,7 +124,7 @@ struct alignas(1024) SharedStorage {
     }
     for (int stage = 0; stage < spec::kStages; ++stage) {
       k_pipe[stage].init(kConsumerWarps);
-      v_pipe[stage].init(kConsumerWarps);
+      v_pipe[stage].init(kConsumerWarps, kPreparers);
       v_landed[stage].init(1);
     }
   }

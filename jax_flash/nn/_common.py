@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from typing import Protocol
+from typing import Any, Protocol
 
 import jax
 from jax.typing import DTypeLike
 
-from jax_flash import api, validate
+from jax_flash import api, quantize, validate
 
 NEEDS_FLAX = "{} needs flax; install it with: pip install 'flax>=0.12'."
 
@@ -30,6 +30,7 @@ class Fields(Protocol):
     window_size: tuple[int | None, int | None] | None
     softcap: float
     dtype: DTypeLike | None
+    fp8: bool
     implementation: str | None
 
 
@@ -44,6 +45,7 @@ def projections(module: Fields, features: int, name_of_features: str) -> dict[st
             validate.check_positive(name, getattr(module, name))
     validate.check_positive(name_of_features, features)
     _check_dtype(module.dtype)
+    validate.check_bool("fp8", module.fp8)
     num_heads = module.num_heads
     num_kv_heads = num_heads if module.num_kv_heads is None else module.num_kv_heads
     if num_heads % num_kv_heads:
@@ -66,8 +68,8 @@ def projections(module: Fields, features: int, name_of_features: str) -> dict[st
 def _check_dtype(dtype) -> None:
     if validate.dtype_name(dtype) == "float8_e4m3fn":
         raise NotImplementedError(
-            "dtype must be float16, bfloat16 or float32, got float8_e4m3fn: the modules do not scale what they project "
-            "to its range; jax_flash.attention takes it."
+            "dtype must be float16, bfloat16 or float32, got float8_e4m3fn: projections are not computed in it; for "
+            "attention in FP8 say fp8=True."
         )
     validate.check_float_dtype("dtype", dtype)
 
@@ -99,10 +101,15 @@ def self_attention(
     seqused: jax.Array | None,
 ) -> jax.Array:
     """Projects x to queries, keys and values, attends within each sequence, and projects the result."""
+    arrays: dict[str, Any] = {"q": layers["query"](x), "k": layers["key"](x), "v": layers["value"](x)}
+    dtype = arrays["q"].dtype
+    if module.fp8:
+        for name in ("q", "k", "v"):
+            arrays[name], arrays[f"{name}_descale"] = quantize.quantize_fp8(
+                arrays[name], cu_seqlens=cu_seqlens, seqused=seqused, hadamard=name != "v"
+            )
     attended = api.attention(
-        layers["query"](x),
-        layers["key"](x),
-        layers["value"](x),
+        **arrays,
         causal=module.causal,
         window_size=module.window_size,
         softcap=module.softcap,
@@ -110,6 +117,7 @@ def self_attention(
         cu_seqlens_k=cu_seqlens,
         seqused_q=seqused,
         seqused_k=seqused,
+        out_dtype=dtype,
         implementation=module.implementation,
     )
     return layers["out"](attended)

@@ -19,18 +19,22 @@ class FlashAttention(linen.Module):
     """Multi-head self-attention of dense or packed sequences: query, key, value and out projections around attention.
 
     Parameters have the names and shapes of `flax.linen.MultiHeadDotProductAttention`, whose checkpoints load as they
-    are. On a GPU say dtype=jnp.bfloat16 or jnp.float16, for its kernels take no float32.
+    are. On a GPU say dtype=jnp.bfloat16 or jnp.float16, or fp8=True, for its kernels take no float32.
 
     Attributes:
       num_heads: query heads.
       num_kv_heads: key and value heads, which divides num_heads; num_heads unless given.
-      head_dim: features of a head; a multiple of 8 up to 256. The features of x over num_heads unless given.
+      head_dim: features of a head; a multiple of 8 (16 with fp8) up to 256. The features of x over num_heads unless
+        given.
       out_features: features of the output; those of x unless given.
       causal: whether a token sees none after it.
       window_size: (left, right): how many tokens before and after it a token sees; -1 or None is all.
       softcap: scores become softcap * tanh(score / softcap); 0 is off.
       use_bias: whether the projections add one.
       dtype: of the computation; what x and the parameters promote to unless given.
+      fp8: whether queries, keys and values are quantised to float8_e4m3fn, by `jax_flash.quantize_fp8` with a scale for
+        each head of each sequence, queries and keys rotated. Projections stay in dtype. For inference only: there is
+        no gradient.
       param_dtype: of the parameters.
       kernel_init: for the weights of the projections.
       bias_init: for their biases.
@@ -53,6 +57,7 @@ class FlashAttention(linen.Module):
     softcap: float = 0.0
     use_bias: bool = True
     dtype: DTypeLike | None = None
+    fp8: bool = False
     param_dtype: DTypeLike = jnp.float32
     kernel_init: Initializer = _common.KERNEL_INIT
     bias_init: Initializer = _common.BIAS_INIT
@@ -75,7 +80,8 @@ class FlashAttention(linen.Module):
 
         Raises:
           TypeError, ValueError: a field or an argument is wrong; names it, what was expected and what came.
-          NotImplementedError: no kernel here serves it, such as a head_dim that is no multiple of 8.
+          NotImplementedError: no kernel here serves it, such as a head_dim that is no multiple of 8, or a gradient is
+            asked for with fp8.
         """
         _common.check_arguments(x, cu_seqlens, seqused)
         layers = {

@@ -19,7 +19,7 @@ class FlashAttention(nnx.Module):
     """Multi-head self-attention of dense or packed sequences: query, key, value and out projections around attention.
 
     Parameters have the names and shapes of `flax.nnx.MultiHeadAttention`, whose checkpoints load as they are. On a GPU
-    say dtype=jnp.bfloat16 or jnp.float16, for its kernels take no float32.
+    say dtype=jnp.bfloat16 or jnp.float16, or fp8=True, for its kernels take no float32.
 
     Args:
       num_heads: query heads.
@@ -52,6 +52,7 @@ class FlashAttention(nnx.Module):
         softcap: float = 0.0,
         use_bias: bool = True,
         dtype: DTypeLike | None = None,
+        fp8: bool = False,
         param_dtype: DTypeLike = jnp.float32,
         kernel_init: Initializer = _common.KERNEL_INIT,
         bias_init: Initializer = _common.BIAS_INIT,
@@ -66,6 +67,7 @@ class FlashAttention(nnx.Module):
         self.window_size = window_size
         self.softcap = softcap
         self.dtype = dtype
+        self.fp8 = fp8
         self.implementation = implementation
 
         shapes = _common.projections(self, in_features, "in_features")

@@ -60,6 +60,18 @@ __device__ __forceinline__ u32 pack4_e4m3(float a, float b, float c, float d) {
   return packed;
 }
 
+// Four of the eight bytes of two words: hex digit i of the selector tells which one byte i is.
+__device__ __forceinline__ u32 pick_bytes(u32 low, u32 high, u32 selector) {
+  u32 bytes;
+  asm("prmt.b32 %0, %1, %2, %3;" : "=r"(bytes) : "r"(low), "r"(high), "r"(selector));
+  return bytes;
+}
+
+// The upper halves of two words, the first in the low half.
+__device__ __forceinline__ u32 upper_halves(float low, float high) {
+  return pick_bytes(__float_as_uint(low), __float_as_uint(high), 0x7632);
+}
+
 __device__ __forceinline__ float exp2_approx(float x) {
   float y;
   asm("ex2.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(x));

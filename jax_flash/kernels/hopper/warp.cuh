@@ -71,6 +71,15 @@ __device__ __forceinline__ void store_matrices(void* row, const u32 (&x)[4]) {
                : "memory");
 }
 
+// Reads four 8 x 8 matrices of 16-bit elements, lane i naming where row i % 8 of matrix i / 8 lies: word m is of matrix
+// m, of its rows 2 * (lane % 4), in the low half, and one further, column lane / 4.
+__device__ __forceinline__ void load_matrices_transposed(u32 (&x)[4], const void* row) {
+  asm volatile("ldmatrix.sync.aligned.m8n8.x4.trans.shared.b16 {%0, %1, %2, %3}, [%4];"
+               : "=r"(x[0]), "=r"(x[1]), "=r"(x[2]), "=r"(x[3])
+               : "r"(shared_address(row))
+               : "memory");
+}
+
 // Inclusive scans over the lanes of a warp.
 __device__ __forceinline__ int warp_scan_max(int x) {
   for (int distance = 1; distance < kWarpSize; distance *= 2) {

@@ -26,7 +26,12 @@ __device__ __forceinline__ void fence_registers(float (&registers)[kCount]) {
   for (int i = 0; i < kCount; ++i) asm volatile("" : "+f"(registers[i])::"memory");
 }
 
-enum class Swizzle : u32 { k128Bytes = 1, k32Bytes = 3 };
+enum class Swizzle : u32 { k128Bytes = 1, k64Bytes = 2, k32Bytes = 3 };
+
+// Of rows of that many bytes.
+__device__ constexpr Swizzle swizzle_of(int row_bytes) {
+  return row_bytes == 128 ? Swizzle::k128Bytes : row_bytes == 64 ? Swizzle::k64Bytes : Swizzle::k32Bytes;
+}
 
 // The descriptor of a matrix in shared memory. Its high word (stride between groups of 8 rows, swizzle) is a constant;
 // its low word (address, leading stride) moves through the tile by `advance`.

@@ -1,0 +1,107 @@
+// Prepare: what is done to values between TMA and the tensor cores. FP8 ones may have to be transposed; and what those
+// of unused keys hold, NaN perhaps, must not meet the tensor cores.
+#pragma once
+
+#include "hopper/barrier.cuh"
+#include "hopper/types.cuh"
+#include "hopper/warp.cuh"
+#include "spec.h"
+#include "storage.cuh"
+#include "tile.cuh"
+
+namespace jax_flash {
+
+// Zeroes the values of keys outside [first, last) of a block in shared memory: their probability is 0, but 0 * NaN is
+// NaN, and they may belong to another sequence. Each warp does so in its units.
+__device__ __forceinline__ void clear_values(u8* v, int first, int last, int warp) {
+  for (int unit = warp; unit < kVUnits; unit += kPreparers) {
+    for (int i = unit * kUnitVectors + lane_index(); i < (unit + 1) * kUnitVectors; i += kWarpSize) {
+      if constexpr (kFp8) {
+        // 16 bytes hold 16 keys of one column, word q the keys 2q, 2q + 1, 2q + 8, 2q + 9; swizzling moves whole ones.
+        constexpr int kVectors = spec::kVBoxKeys / 16;
+        const int vector = i % kVectors ^ i / 8 % kVectors;
+        const int key = i / (kVectors * spec::kHeadDimV) * spec::kVBoxKeys + vector * 16;
+        if (key >= first && key + 16 <= last) continue;
+        u32* words = reinterpret_cast<u32*>(v + i * 16);
+        for (int q = 0; q < 4; ++q) {
+          u32 keep = 0;
+          for (int byte = 0; byte < 4; ++byte) {
+            const int of_byte = key + 2 * q + byte % 2 + byte / 2 * 8;
+            if (of_byte >= first && of_byte < last) keep |= 0xffu << 8 * byte;
+          }
+          words[q] &= keep;
+        }
+      } else {
+        // Swizzling stays within a row, and a row is one key.
+        const int key = i / (kSwizzleBytes / 16) % spec::kTileN;
+        if (key < first || key >= last) reinterpret_cast<uint4*>(v)[i] = uint4{0, 0, 0, 0};
+      }
+    }
+  }
+}
+
+// Transposes FP8 values, in place and by units of 32 keys and columns: [key][32 bytes] become [column][32 bytes],
+// within 16 keys in the order of P's registers. Bytes move in pairs of columns, which lanes then part; half of the
+// lanes store even columns while the others store odd ones, for these lie in other banks. Each warp takes its units.
+__device__ __forceinline__ void transpose_values(u8* v, int warp) {
+  const int lane = lane_index();
+  const bool even_first = lane < 16;
+  const u32 selectors[2] = {even_first ? 0x6420u : 0x7531u, even_first ? 0x7531u : 0x6420u};
+  const int pair = lane % 8;
+  const int column = 2 * pair + (even_first ? pair / 4 : 1 - pair / 4);
+  const int from = lane * kVUnit + lane / 4 % 2 * 16;
+  const int to = column * kVUnit + (lane / 8 % 2 ^ column / 4 % 2) * 16;
+#pragma unroll 1
+  for (u8* unit = v + warp * kUnitBytes; unit < v + kVBytes; unit += kPreparers * kUnitBytes) {
+    u32 words[2][4];  // of 16 columns each
+#pragma unroll
+    for (int half = 0; half < 2; ++half) load_matrices_transposed(words[half], unit + (from ^ half * 16));
+#pragma unroll
+    for (int half = 0; half < 2; ++half) {
+      const u32(&x)[4] = words[half];
+      const u32 parted[4] = {pick_bytes(x[0], x[1], selectors[0]), pick_bytes(x[2], x[3], selectors[0]),
+                             pick_bytes(x[0], x[1], selectors[1]), pick_bytes(x[2], x[3], selectors[1])};
+      store_matrices(unit + half * 16 * kVUnit + to, parted);
+    }
+  }
+}
+
+// A warp between the loader of V and the consumers.
+class Preparer {
+ public:
+  __device__ __forceinline__ Preparer(SharedStorage& shared, int warp) : shared_(shared), warp_(warp) {}
+
+  __device__ __forceinline__ void run() {
+    each_work(shared_, [&](Work& work) {
+#pragma unroll 1
+      for (int block = work.blocks.end - 1; block >= work.blocks.begin; --block) {
+        if (prepares(work.tile, block)) prepare(work.tile, block);
+        ring_.advance();
+      }
+      work.release();
+    });
+  }
+
+ private:
+  __device__ __forceinline__ void prepare(const Tile& tile, int block) {
+    const int slot = ring_.slot;
+    shared_.v_landed[slot].wait(phases_ >> slot & 1);
+    phases_ ^= 1 << slot;
+    if constexpr (kTransposes) transpose_values(shared_.v[slot], warp_);
+    if (clears(tile, block)) {
+      const int first = first_key_in(tile, block);
+      __syncwarp();
+      clear_values(shared_.v[slot], first, first + tile.kv_len, warp_);
+    }
+    fence_shared_for_async();
+    __syncwarp();
+    if (lane_index() == 0) shared_.v_pipe[slot].full.arrive();
+  }
+
+  SharedStorage& shared_;
+  int warp_;
+  Ring<spec::kStages> ring_;
+  u32 phases_ = 0;  // of each stage's v_landed, a bit
+};
+
+}  // namespace jax_flash
