@@ -57,8 +57,8 @@ KernelSpec. A call that needs more registers takes what comes nearest. A softcap
 maxima. `python -m benchmarks tune` searches from here on."""
 
 
-SHORT_KEYS = 1024
-"""Sequences of so many keys on average, or fewer, are short."""
+SHORT_KEYS = 512
+"""Sequences of so many keys on average, or fewer, are short; under a causal mask or packed, four times as many."""
 
 SHORT: dict[tuple[int, int], dict[str, int | bool]] = {
     (1, 64): {"transposers": 1},
@@ -117,7 +117,7 @@ def ranked(
     dim = max(fixed["head_dim"], fixed["head_dim_v"])
     tuned = TUNED.get((element_bytes(element), dim, fixed["softcap"]), {})
     # Under a causal mask half of the queries see a key; packed keys that come transposed share blocks with others.
-    if mean_keys <= SHORT_KEYS * (2 if fixed["window_right"] or fixed["packed_k"] else 1):
+    if mean_keys <= SHORT_KEYS * (4 if fixed["window_right"] or fixed["packed_k"] else 1):
         tuned = tuned | SHORT.get((element_bytes(element), dim), {})
     if max(mean_queries, mean_keys) <= TINY_ROWS:
         tuned = tuned | TINY.get((element_bytes(element), dim), {})
