@@ -7,7 +7,7 @@ from typing import Any
 import jax
 from jax.typing import ArrayLike, DTypeLike
 
-from jax_flash import canonical, launch, reference, validate
+from jax_flash import canonical, reference, validate
 from jax_flash.spec import Attention, Call, Operands
 
 
@@ -112,26 +112,30 @@ def attention(
     )
     validate.check(call)
     computed, operands = canonical.canonical(call)
-    if reason := _why_not(computed, operands):
-        raise launch.cannot_run(implementation, reason)
+    if implementation is not None:
+        _check_machine(computed, operands)
     # Without a query, a key or a value there is nothing for a kernel to do.
     if implementation == "xla" or 0 in (*operands.q.shape, *operands.v.shape, operands.batch):
         out, lse = reference.forward(computed, operands)
     else:
-        # Imported here, for the part of JAX that it needs takes as long to import as all the rest.
+        # Imported here, as launch is below, for with the part of JAX that it needs it takes as long as all the rest.
         from jax_flash import primitive
 
         out, lse = primitive.attend(computed, operands)
     return canonical.restore(call, out, lse)
 
 
-def _why_not(computed: Attention, operands: Operands) -> str | None:
-    """Why an implementation asked for by name cannot run a call on this machine, or None."""
+def _check_machine(computed: Attention, operands: Operands) -> None:
+    """Raises where an implementation asked for by name cannot run a call on this machine."""
+    from jax_flash import launch
+
+    reason = None
     if computed.implementation == "cuda":
-        return launch.why_no_cuda() or launch.why_not_served(computed, operands)
+        reason = launch.why_no_cuda() or launch.why_not_served(computed, operands)
     if computed.implementation == "cpu":
         try:
             jax.devices("cpu")
         except RuntimeError as error:
-            return f"JAX has no CPU backend ({error})."
-    return None
+            reason = f"JAX has no CPU backend ({error})."
+    if reason:
+        raise launch.cannot_run(computed.implementation, reason)

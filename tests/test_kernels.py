@@ -51,11 +51,16 @@ def kernels():
     asked = [(case.id, of_case(case)) for case in CASES if case.dtype != "float32"]
     # float16 takes the registers that bfloat16 does; cases have it too.
     elements = ("bfloat16", "float8_e4m3fn")
-    for element, head_dim, window, features, length in itertools.product(
-        elements, heuristics.HEAD_DIMS, WINDOWS, ((), FEATURES), (50, 100, 10000)
+    # Short sequences and long ones in turn, for which FP8 has other kernels.
+    combinations = (("full", ()), ("causal", ()), ("full", FEATURES), ("causal-left", FEATURES))
+    for (element, head_dim, (window, features)), length in zip(
+        itertools.product(elements, heuristics.HEAD_DIMS, combinations),
+        itertools.cycle((100, 10000, 10000)),
+        strict=False,
     ):
-        name = f"{element}-d{head_dim}-{window}-{'everything' if features else 'plain'}-{length}"
+        name = f"{element}-d{head_dim}-{window}-{'everything' if features else 'plain'}"
         asked.append((name, of_grid(element, head_dim, head_dim, window, features, length)))
+    asked.append(("fp8-tiny", of_grid("float8_e4m3fn", 128, 128, "full", ("packed_q", "packed_k"), 50)))
     # Where the first choice is known to spill.
     for head_dim, window, features in (
         (64, "causal", ("seqused_k",)),
