@@ -23,7 +23,7 @@ _SWIZZLE_BYTES = 128
 """A row of Q, K or 16-bit V in shared memory takes a multiple of this."""
 
 _BASE_REGISTERS = {1: 36, 2: 36, 3: 32}
-"""What a consumer thread takes besides output, scores, P and product, by consumers of a CTA: found by compiling."""
+"""What a consumer thread takes besides output, scores and P, by consumers of a CTA: found by compiling."""
 _FEATURE_REGISTERS = {"window_left": 4, "softcap": 11}
 """What features add to that, found in the same way."""
 _FP8_REGISTERS = -2
@@ -74,7 +74,7 @@ TINY_ROWS = 64
 """Sequences of so many queries and keys on average, or fewer, are tiny: 64 rows of one are a tile."""
 
 TINY: dict[tuple[int, int], dict[str, int | bool]] = {
-    (1, 128): {"tile_m": 64, "tile_n": 64, "q_stages": 2, "ctas": 2, "transposers": 1, "ping_pong": False},
+    (1, 128): {"tile_m": 64, "tile_n": 64, "q_stages": 2, "ctas_per_sm": 2, "transposers": 1, "ping_pong": False},
 }
 """What is faster then; it goes before what is for short ones."""
 
@@ -143,7 +143,7 @@ def candidates(fixed: dict, tuned: dict) -> Iterator[KernelSpec]:
             ping_pong=tuned.get("ping_pong", True),
             overlap=tuned.get("overlap", 2),
             integer_max=tuned.get("integer_max", False),
-            ctas=tuned.get("ctas", 1) if consumers == 1 else 1,
+            ctas_per_sm=tuned.get("ctas_per_sm", 1) if consumers == 1 else 1,
             # A second warpgroup beside consumers leaves enough registers to two of them alone.
             transposers=min(tuned.get("transposers", 0), 4 if consumers == 2 else 1),
         )
@@ -182,9 +182,9 @@ def with_choices(spec: KernelSpec, **choices: Any) -> KernelSpec:
 def register_split(consumers: int, transposers: int) -> tuple[int, int]:
     """Registers of a producer and of a consumer thread, of the 64 K that an SM has; a producer spills with 24, which a
     warpgroup that transposes takes. With one consumer two CTAs share an SM."""
-    if transposers == 4:
-        return {2: (40, 224)}[consumers]
-    return {1: (40, 216), 2: (40, 232), 3: (32, 160)}[consumers]
+    alone = {1: (40, 216), 2: (40, 232), 3: (32, 160)}
+    beside_transposers = {2: (40, 224)}
+    return (beside_transposers if transposers == 4 else alone)[consumers]
 
 
 def shared_bytes(
@@ -225,7 +225,7 @@ def legal(spec: KernelSpec) -> bool:
     is_fp8 = element_bytes(spec.element) == 1
     registers = accumulators(spec) + _BASE_REGISTERS[consumers] + (_FP8_REGISTERS if is_fp8 else 0)
     registers += sum(count for name, count in _FEATURE_REGISTERS.items() if getattr(spec, name))
-    return spec.ctas * (spec.shared_bytes + 1024) <= SHARED_LIMIT + 1024 and registers <= spec.consumer_registers
+    return spec.ctas_per_sm * (spec.shared_bytes + 1024) <= SHARED_LIMIT + 1024 and registers <= spec.consumer_registers
 
 
 def cost(spec: KernelSpec, tuned: dict) -> tuple:

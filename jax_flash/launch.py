@@ -214,19 +214,18 @@ def forward_cuda(attention: Attention, operands: Operands, specs: list[KernelSpe
     params = Params.of(attention, operands)
     size = operands.q.dtype.itemsize
     maps = [_rows_map(0, operands.q.shape, size, 64), _rows_map(1, operands.k.shape, size, spec.tile_n)]
-    if spec.transposers:
-        maps.append(_rows_map(2, operands.v.shape, size, spec.v_box_keys, row_bytes=32))
-    elif size == 1:
+    if size == 1 and not spec.transposers:
         operands = operands._replace(v=transpose_fp8_values(operands.v))
         maps.append(_columns_map(2, operands.v.shape, spec.v_box_keys, spec.head_dim_v))
     else:
-        maps.append(_rows_map(2, operands.v.shape, size, spec.v_box_keys))
+        row_bytes = 32 if spec.transposers else 128
+        maps.append(_rows_map(2, operands.v.shape, size, spec.v_box_keys, row_bytes))
     results = forward_result(attention, params)
     if results[0].dtype.itemsize == 2:
         maps.append(_rows_map(len(operands), results[0].shape, 2, 16))
     # CTAs draw their tiles; where each has one at most there is no counter, and no memset in front of a short kernel.
     tiles = _max_tiles(spec, params)
-    grid = min(tiles, spec.ctas * _multiprocessors())
+    grid = min(tiles, spec.ctas_per_sm * _multiprocessors())
     draws = [jax.ShapeDtypeStruct((1,), jnp.int32)] if spec.packed_q and tiles > grid else []
     call = jax.ffi.ffi_call("jax_flash_cuda_launch", [*results, *draws])
     out, lse, *_ = call(

@@ -183,7 +183,7 @@ class KernelSpec:
     """Query rows of a CTA; 64 for each consumer warpgroup."""
     tile_n: int
     """Keys of one step of the main loop."""
-    ctas: int
+    ctas_per_sm: int
     """CTAs that an SM holds at a time."""
     transposers: int
     """Warps that transpose FP8 values: one of the producer's, or four of their own; 0 where they come transposed."""

@@ -21,7 +21,7 @@ CHOICES = {
     "fp8-transposed-before": {"transposers": 0},
     "fp8-transposer": {"transposers": 1},
     "fp8-transposers": {"tile_m": 128, "tile_n": 64, "transposers": 4},
-    "fp8-small": {"tile_m": 64, "tile_n": 64, "ctas": 2, "transposers": 1, "ping_pong": False},
+    "fp8-small": {"tile_m": 64, "tile_n": 64, "ctas_per_sm": 2, "transposers": 1, "ping_pong": False},
 }
 IDS = (
     "long-packed-tiles",

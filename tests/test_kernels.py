@@ -96,7 +96,7 @@ def test_compiles_without_a_spill(specs):
     assert (kernel.spill_bytes, kernel.serialized) == (0, False), f"{spec}\n{kernel.log}"
     # setmaxnreg waits for ever for registers that the CTA was not launched with.
     registers = spec.producer_registers + spec.tile_m // 64 * spec.consumer_registers + 24 * (spec.transposers // 4)
-    assert 128 * registers <= kernel.registers * spec.threads <= 2**16 / spec.ctas
+    assert 128 * registers <= kernel.registers * spec.threads <= 2**16 / spec.ctas_per_sm
     # Operands of wgmma that ptxas keeps in registers of each lane cost a move before every one.
     code = instructions(kernel.cubin)
     starts = [i for i, instruction in enumerate(code) if instruction in WGMMA]

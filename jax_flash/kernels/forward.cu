@@ -25,7 +25,7 @@ namespace jax_flash {
 constexpr int kThreads = kWarpgroupSize + kConsumerThreads + kOwnWarpgroup * kWarpgroupSize;
 static_assert(kThreads == spec::kThreads, "heuristics.py launches as many threads");
 
-constexpr int kLaunchRegisters = 64 * 1024 / (spec::kCtas * kThreads) / 8 * 8;  // a thread's, of the 64 K of an SM
+constexpr int kLaunchRegisters = 64 * 1024 / (spec::kCtasPerSm * kThreads) / 8 * 8;  // a thread's, of the 64 K of an SM
 constexpr int kTransposerRegisters = 24;
 static_assert(kWarpgroupSize * (spec::kProducerRegisters + kConsumers * spec::kConsumerRegisters +
                                 kOwnWarpgroup * kTransposerRegisters) <=
@@ -81,7 +81,7 @@ __device__ __forceinline__ void find_tiles(SharedStorage& shared, const Operands
   }
 }
 
-extern "C" __global__ void __launch_bounds__(kThreads, spec::kCtas)
+extern "C" __global__ void __launch_bounds__(kThreads, spec::kCtasPerSm)
     forward(const __grid_constant__ TensorMaps maps, const __grid_constant__ Operands operands,
             const __grid_constant__ Params params, const __grid_constant__ Order order) {
   extern __shared__ __align__(1024) u8 shared_bytes[];

@@ -166,7 +166,7 @@ class Consumer {
         const int next = block_ - total_.room() + 1;
         whole_blocks(next > last + 1 ? next : last, s, p, o, softmax, rescale);
         if (block_ > last) {
-          total_.prepare();
+          total_.open();
           --block_;
           step<false, spec::kIntegerMax, true>(s, p, o, softmax, rescale);
         }
@@ -194,7 +194,7 @@ class Consumer {
 
   __device__ __forceinline__ void deposit_if_full(Output& o) {
     if (!kFp8 || total_.room() > 0) return;
-    total_.prepare();
+    total_.open();
     total_.deposit(o);
   }
 

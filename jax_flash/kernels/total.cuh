@@ -41,8 +41,8 @@ class Total {
   // Blocks that it may still take.
   __device__ __forceinline__ int room() const { return room_; }
 
-  // Before a deposit.
-  __device__ __forceinline__ void prepare() {
+  // Before a deposit: a tile's first one finds 0.
+  __device__ __forceinline__ void open() {
     if (deposited_) return;
     tma_wait_read();  // the rows of the tile before
     __syncwarp();
