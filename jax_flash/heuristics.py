@@ -26,57 +26,61 @@ _BASE_REGISTERS = {1: 36, 2: 36, 3: 32}
 """What a consumer thread takes besides output, scores and P, by consumers of a CTA: found by compiling."""
 _FEATURE_REGISTERS = {"window_left": 4, "softcap": 11}
 """What features add to that, found in the same way."""
-_FP8_REGISTERS = -2
+_FP8_REGISTERS = -4
 """And what FP8 does."""
 
 
 TUNED: dict[tuple[int, int, bool], dict[str, int | bool]] = {
-    (1, 64, False): {"tile_m": 192, "tile_n": 128, "q_stages": 1, "stages": 2, "overlap": 4, "integer_max": True},
-    (1, 64, True): {"tile_m": 192, "tile_n": 128, "q_stages": 1, "stages": 2, "overlap": 0, "integer_max": True},
-    (1, 96, False): {"tile_m": 192, "tile_n": 128, "q_stages": 1, "stages": 2, "overlap": 4, "integer_max": True},
-    (1, 96, True): {"tile_m": 128, "tile_n": 192, "q_stages": 1, "stages": 2, "overlap": 0, "integer_max": True},
-    (1, 128, False): {"tile_m": 128, "tile_n": 192, "q_stages": 2, "stages": 2, "overlap": 2, "integer_max": True},
-    (1, 128, True): {"tile_m": 128, "tile_n": 192, "q_stages": 2, "stages": 2, "overlap": 0, "integer_max": True},
-    (1, 192, False): {"tile_m": 128, "tile_n": 128, "q_stages": 1, "stages": 2, "overlap": 2, "integer_max": True},
-    (1, 192, True): {"tile_m": 128, "tile_n": 128, "q_stages": 1, "stages": 2, "overlap": 0, "integer_max": True},
-    (1, 256, False): {"tile_m": 128, "tile_n": 96, "q_stages": 1, "stages": 2, "overlap": 2, "integer_max": True},
-    (1, 256, True): {"tile_m": 128, "tile_n": 96, "q_stages": 1, "stages": 2, "overlap": 0, "integer_max": True},
-    (2, 64, False): {"tile_m": 192, "tile_n": 128, "q_stages": 2, "stages": 3, "overlap": 2, "integer_max": True},
-    (2, 64, True): {"tile_m": 192, "tile_n": 96, "q_stages": 2, "stages": 3, "overlap": 0, "integer_max": True},
-    (2, 96, False): {"tile_m": 192, "tile_n": 96, "q_stages": 1, "stages": 2, "overlap": 2, "integer_max": True},
-    (2, 96, True): {"tile_m": 128, "tile_n": 128, "q_stages": 2, "stages": 2, "overlap": 0, "integer_max": True},
-    (2, 128, False): {"tile_m": 128, "tile_n": 128, "q_stages": 2, "stages": 2, "overlap": 2, "integer_max": True},
-    (2, 128, True): {"tile_m": 128, "tile_n": 128, "q_stages": 2, "stages": 2, "overlap": 0, "integer_max": True},
-    (2, 192, False): {"tile_m": 128, "tile_n": 96, "q_stages": 1, "stages": 2, "overlap": 2, "integer_max": True},
-    (2, 192, True): {"tile_m": 128, "tile_n": 80, "q_stages": 1, "stages": 2, "overlap": 0, "integer_max": True},
-    (2, 256, False): {"tile_m": 128, "tile_n": 64, "q_stages": 1, "stages": 2, "overlap": 2, "integer_max": False},
-    (2, 256, True): {"tile_m": 128, "tile_n": 64, "q_stages": 1, "stages": 2, "overlap": 0, "integer_max": True},
+    (1, 64, False): {"tile_m": 192, "tile_n": 128, "q_stages": 1, "k_stages": 2, "overlap": 4, "integer_max": True},
+    (1, 64, True): {"tile_m": 192, "tile_n": 128, "q_stages": 1, "k_stages": 2, "overlap": 0, "integer_max": True},
+    (1, 96, False): {"tile_m": 192, "tile_n": 128, "q_stages": 2, "k_stages": 2, "overlap": 4, "integer_max": True},
+    (1, 96, True): {"tile_m": 128, "tile_n": 192, "q_stages": 1, "k_stages": 2, "overlap": 0, "integer_max": True},
+    (1, 128, False): {"tile_m": 128, "tile_n": 192, "q_stages": 2, "k_stages": 2, "overlap": 2, "integer_max": True},
+    (1, 128, True): {"tile_m": 128, "tile_n": 192, "q_stages": 2, "k_stages": 2, "overlap": 0, "integer_max": True},
+    (1, 192, False): {"tile_m": 128, "tile_n": 128, "q_stages": 1, "k_stages": 2, "overlap": 2, "integer_max": True},
+    (1, 192, True): {"tile_m": 128, "tile_n": 128, "q_stages": 1, "k_stages": 2, "overlap": 0, "integer_max": True},
+    (1, 256, False): {"tile_m": 128, "tile_n": 128, "q_stages": 1, "k_stages": 2, "overlap": 2, "integer_max": True},
+    (1, 256, True): {"tile_m": 128, "tile_n": 96, "q_stages": 1, "k_stages": 2, "overlap": 0, "integer_max": True},
+    (2, 64, False): {"tile_m": 192, "tile_n": 128, "q_stages": 2, "k_stages": 3, "overlap": 2, "integer_max": True},
+    (2, 64, True): {"tile_m": 192, "tile_n": 96, "q_stages": 2, "k_stages": 3, "overlap": 0, "integer_max": True},
+    (2, 96, False): {"tile_m": 192, "tile_n": 96, "q_stages": 1, "k_stages": 2, "overlap": 2, "integer_max": True},
+    (2, 96, True): {"tile_m": 128, "tile_n": 128, "q_stages": 2, "k_stages": 2, "overlap": 0, "integer_max": True},
+    (2, 128, False): {"tile_m": 128, "tile_n": 128, "q_stages": 2, "k_stages": 2, "overlap": 2, "integer_max": True},
+    (2, 128, True): {"tile_m": 128, "tile_n": 128, "q_stages": 2, "k_stages": 2, "overlap": 0, "integer_max": True},
+    (2, 192, False): {"tile_m": 128, "tile_n": 96, "q_stages": 1, "k_stages": 2, "overlap": 2, "integer_max": True},
+    (2, 192, True): {"tile_m": 128, "tile_n": 80, "q_stages": 1, "k_stages": 2, "overlap": 0, "integer_max": True},
+    (2, 256, False): {"tile_m": 128, "tile_n": 64, "q_stages": 1, "k_stages": 2, "overlap": 2, "integer_max": False},
+    (2, 256, True): {"tile_m": 128, "tile_n": 64, "q_stages": 1, "k_stages": 2, "overlap": 0, "integer_max": True},
 }
 """What was measured fastest on an H200, by bytes of an element, head dim and whether there is a softcap: fields of
 KernelSpec. A call that needs more registers takes what comes nearest. A softcap is a polynomial only after integer
 maxima. `python -m benchmarks tune` searches from here on."""
 
 
-SHORT_KEYS = 512
-"""Sequences of so many keys on average, or fewer, are short; under a causal mask or packed, four times as many."""
+MOST_TRANSPOSED = {64: 2048, 96: 2048, 128: 2048, 192: 1024, 256: 512}
+"""Sequences of so many keys on average, or fewer, have their FP8 values transposed by the kernel, by head dim; under a
+causal mask or packed, twice as many. Each tile of queries transposes all values that it sees; from some tiles on it is
+cheaper to do so once beforehand."""
 
-SHORT: dict[tuple[int, int], dict[str, int | bool]] = {
-    (1, 64): {"transposers": 1},
-    (1, 96): {"transposers": 1},
-    (1, 128): {"tile_n": 128, "q_stages": 1, "transposers": 4},
-    (1, 192): {"transposers": 4},
-}
-"""What is faster then, by bytes of an element and head dim. Each tile of queries transposes all values that it sees, in
-the kernel; from a few tiles on it is cheaper to do so once beforehand."""
+TRANSPOSING = {"v_stages": 3}
+"""What is faster then, for a buffer of V is longer on its way."""
 
+SHORT_KEYS = 1024
+"""Sequences of so many keys on average, or fewer, are short."""
+
+SHORT: dict[tuple[int, int], dict[str, int | bool]] = {(1, 128): {"tile_n": 128}}
+"""What is faster then, by bytes of an element and head dim: wide steps waste much of the last one."""
 
 TINY_ROWS = 64
 """Sequences of so many queries and keys on average, or fewer, are tiny: 64 rows of one are a tile."""
 
 TINY: dict[tuple[int, int], dict[str, int | bool]] = {
-    (1, 128): {"tile_m": 64, "tile_n": 64, "q_stages": 2, "ctas_per_sm": 2, "transposers": 1, "ping_pong": False},
+    (1, 128): {"tile_m": 64, "tile_n": 64, "q_stages": 2, "k_stages": 3, "ctas_per_sm": 2, "ping_pong": False},
 }
 """What is faster then; it goes before what is for short ones."""
+
+FIRST_DEPOSIT = 384
+"""Keys that an FP8 accumulator takes before its first deposit, as kernels/total.cuh has it."""
 
 
 def padded_head_dim(head_dim: int) -> int:
@@ -99,66 +103,78 @@ def ranked(
     window_right: int,
     mean_queries: float,
     mean_keys: float,
+    max_keys: int,
     **features: bool,
 ) -> list[KernelSpec]:
     """The legal KernelSpecs of a call, the best first.
 
-    `mean_queries` and `mean_keys` are the average lengths of its sequences, `features` further flags of KernelSpec.
+    `mean_queries` and `mean_keys` are the average lengths of its sequences, `max_keys` is a bound of the latter;
+    `features` are further flags of KernelSpec.
     """
     fixed: dict[str, Any] = {
         "element": element,
         "out": out,
         "head_dim": padded_head_dim(head_dim),
         "head_dim_v": padded_head_dim(head_dim_v),
+        "transposes": False,
         "window_left": window_left != UNBOUNDED,
         "window_right": window_right != UNBOUNDED,
         **features,
     }
+    size = element_bytes(element)
     dim = max(fixed["head_dim"], fixed["head_dim_v"])
-    tuned = TUNED.get((element_bytes(element), dim, fixed["softcap"]), {})
+    tuned = TUNED.get((size, dim, fixed["softcap"]), {})
     # Under a causal mask half of the queries see a key; packed keys that come transposed share blocks with others.
-    if mean_keys <= SHORT_KEYS * (4 if fixed["window_right"] or fixed["packed_k"] else 1):
-        tuned = tuned | SHORT.get((element_bytes(element), dim), {})
+    factor = 2 if fixed["window_right"] or fixed["packed_k"] else 1
+    # By units of 32 columns.
+    if size == 1 and mean_keys <= factor * MOST_TRANSPOSED[dim] and head_dim_v % 32 == 0:
+        tuned = tuned | TRANSPOSING
+        fixed["transposes"] = True
+    if mean_keys <= SHORT_KEYS:
+        tuned = tuned | SHORT.get((size, dim), {})
     if max(mean_queries, mean_keys) <= TINY_ROWS:
-        tuned = tuned | TINY.get((element_bytes(element), dim), {})
-    return sorted(filter(legal, candidates(fixed, tuned)), key=functools.partial(cost, tuned=tuned))
+        tuned = tuned | TINY.get((size, dim), {})
+    return sorted(filter(legal, candidates(fixed, tuned, max_keys)), key=functools.partial(cost, tuned=tuned))
 
 
-def candidates(fixed: dict, tuned: dict) -> Iterator[KernelSpec]:
+def candidates(fixed: dict, tuned: dict, max_keys: int) -> Iterator[KernelSpec]:
     """Every tiling of a call whose other fields are `fixed`; what is no matter of registers is as in `tuned`."""
     is_fp8 = element_bytes(fixed["element"]) == 1
     step = 32 if is_fp8 else 16
     # A diagonal wastes half of each masked block, which narrower steps make smaller.
     widest = 256 if is_fp8 and not (fixed["window_left"] or fixed["window_right"]) else 128
     widths = {*range(step, widest + 1, step), tuned.get("tile_n", step)}
-    depths = {2, 3, tuned.get("stages", 2)}
+    depths = {2, 3, tuned.get("k_stages", 2)}
     counts = {2, 3, tuned.get("tile_m", 128) // 64}
-    for consumers, tile_n, q_stages, stages in itertools.product(counts, widths, (1, 2), depths):
-        yield kernel_spec(
-            **fixed,
-            tile_m=64 * consumers,
-            tile_n=tile_n,
-            q_stages=q_stages,
-            stages=stages,
-            ping_pong=tuned.get("ping_pong", True),
-            overlap=tuned.get("overlap", 2),
-            integer_max=tuned.get("integer_max", False),
-            ctas_per_sm=tuned.get("ctas_per_sm", 1) if consumers == 1 else 1,
-            # A second warpgroup beside consumers leaves enough registers to two of them alone.
-            transposers=min(tuned.get("transposers", 0), 4 if consumers == 2 else 1),
-        )
+    for consumers, tile_n, q_stages, k_stages in itertools.product(counts, widths, (1, 2), depths):
+        for v_stages in {k_stages, tuned.get("v_stages", k_stages)}:
+            yield kernel_spec(
+                **fixed,
+                tile_m=64 * consumers,
+                tile_n=tile_n,
+                q_stages=q_stages,
+                k_stages=k_stages,
+                v_stages=v_stages,
+                ping_pong=tuned.get("ping_pong", True),
+                overlap=tuned.get("overlap", 2),
+                integer_max=tuned.get("integer_max", False),
+                ctas_per_sm=tuned.get("ctas_per_sm", 1) if consumers == 1 else 1,
+                # Whole blocks, of which the last one may come on top.
+                deposits=is_fp8 and max_keys > (FIRST_DEPOSIT // tile_n + 1) * tile_n,
+            )
 
 
 def kernel_spec(**fields: Any) -> KernelSpec:
     """The KernelSpec of all fields but those that follow from the others."""
     consumers = fields["tile_m"] // 64
-    producer_registers, consumer_registers = register_split(consumers, fields["transposers"])
     is_fp8 = element_bytes(fields["element"]) == 1
+    packed = fields["packed_q"] or fields["packed_k"]
+    producer_registers, consumer_registers = register_split(consumers, registers(**fields), is_fp8 and not packed)
     follows = {
-        "v_box_keys": v_box_keys(is_fp8, fields["tile_n"], fields["transposers"]),
+        "v_box_keys": v_box_keys(is_fp8, fields["tile_n"], fields["transposes"]),
         # Values that come transposed lie in units of 16 keys.
-        "key_alignment": 16 if is_fp8 and fields["packed_k"] and not fields["transposers"] else 1,
-        "threads": 128 * (1 + consumers + fields["transposers"] // 4),
+        "key_alignment": 16 if is_fp8 and fields["packed_k"] and not fields["transposes"] else 1,
+        "threads": 128 * (1 + consumers),
         "producer_registers": producer_registers,
         "consumer_registers": consumer_registers,
         "shared_bytes": shared_bytes(**fields),
@@ -166,11 +182,11 @@ def kernel_spec(**fields: Any) -> KernelSpec:
     return KernelSpec(**(fields | follows))
 
 
-def v_box_keys(is_fp8: bool, tile_n: int, transposers: int) -> int:
+def v_box_keys(is_fp8: bool, tile_n: int, transposes: bool) -> int:
     """Keys of V that one TMA copy brings: transposed FP8 values lie in swizzled rows, as wide as fit the tile."""
     if not is_fp8:
         return tile_n
-    widest = 32 if transposers else 128  # where they are transposed, as many keys as columns
+    widest = 32 if transposes else 128  # where they are transposed, as many keys as columns
     return next(keys for keys in (128, 64, 32) if keys <= widest and tile_n % keys == 0)
 
 
@@ -179,12 +195,12 @@ def with_choices(spec: KernelSpec, **choices: Any) -> KernelSpec:
     return kernel_spec(**(dataclasses.asdict(spec) | choices))
 
 
-def register_split(consumers: int, transposers: int) -> tuple[int, int]:
-    """Registers of a producer and of a consumer thread, of the 64 K that an SM has; a producer spills with 24, which a
-    warpgroup that transposes takes. With one consumer two CTAs share an SM."""
-    alone = {1: (40, 216), 2: (40, 232), 3: (32, 160)}
-    beside_transposers = {2: (40, 224)}
-    return (beside_transposers if transposers == 4 else alone)[consumers]
+def register_split(consumers: int, needed: int, dense_fp8: bool) -> tuple[int, int]:
+    """Registers of a producer and of a consumer thread, of the 64 K that an SM has; a consumer needs so many. With one
+    consumer two CTAs share an SM. A producer of 16-bit or of packed tiles spills with 24."""
+    if consumers == 2 and dense_fp8 and needed > 216:
+        return 24, 240
+    return {1: (40, 216), 2: (40, 232), 3: (32, 160)}[consumers]
 
 
 def shared_bytes(
@@ -195,7 +211,9 @@ def shared_bytes(
     tile_m: int,
     tile_n: int,
     q_stages: int,
-    stages: int,
+    k_stages: int,
+    v_stages: int,
+    deposits: bool,
     **_: Any,
 ) -> int:
     """Bytes of SharedStorage in kernels/storage.cuh, which checks this number; of other fields it takes no notice."""
@@ -203,32 +221,33 @@ def shared_bytes(
     q = tile_m * _up(head_dim * size, _SWIZZLE_BYTES)
     k = tile_n * _up(head_dim * size, _SWIZZLE_BYTES)
     v = tile_n * (head_dim_v if size == 1 else _up(head_dim_v * size, _SWIZZLE_BYTES))
-    total = head_dim_v * (4 if head_dim_v <= 128 else 2) if size == 1 else 0
+    total = head_dim_v * (4 if head_dim_v <= 128 else 2) if deposits else 0
     out = tile_m * max(_SWIZZLE_BYTES * min(2, -(-head_dim_v // 64)), total)
-    barriers = 16 * (q_stages * tile_m // 64 + 2 * stages) + 8 * stages
+    barriers = 16 * (q_stages * tile_m // 64 + k_stages + v_stages) + 8 * v_stages
     work = 3 * (96 + 16 * tile_m // 64)
-    return _up(q_stages * q + stages * (k + v) + out + barriers + work, 1024)
+    return _up(q_stages * q + k_stages * k + v_stages * v + out + barriers + work, 1024)
 
 
 def _up(number: int, multiple: int) -> int:
     return -(-number // multiple) * multiple
 
 
-def accumulators(spec: KernelSpec) -> int:
-    """Registers of a consumer thread for output, scores and P."""
-    return spec.head_dim_v // 2 + spec.tile_n // 2 + spec.tile_n * element_bytes(spec.element) // 8
+def registers(*, element: str, head_dim_v: int, tile_m: int, tile_n: int, **features: Any) -> int:
+    """What a consumer thread needs: for output, scores and P, for everything else, and for features."""
+    size = element_bytes(element)
+    accumulators = head_dim_v // 2 + tile_n // 2 + tile_n * size // 8
+    others = _BASE_REGISTERS[tile_m // 64] + (_FP8_REGISTERS if size == 1 else 0)
+    return accumulators + others + sum(count for name, count in _FEATURE_REGISTERS.items() if features[name])
 
 
 def legal(spec: KernelSpec) -> bool:
     """Whether the tiling fits the machine."""
-    consumers = spec.tile_m // 64
-    is_fp8 = element_bytes(spec.element) == 1
-    registers = accumulators(spec) + _BASE_REGISTERS[consumers] + (_FP8_REGISTERS if is_fp8 else 0)
-    registers += sum(count for name, count in _FEATURE_REGISTERS.items() if getattr(spec, name))
-    return spec.ctas_per_sm * (spec.shared_bytes + 1024) <= SHARED_LIMIT + 1024 and registers <= spec.consumer_registers
+    if spec.ctas_per_sm * (spec.shared_bytes + 1024) > SHARED_LIMIT + 1024:
+        return False
+    return registers(**dataclasses.asdict(spec)) <= spec.consumer_registers
 
 
 def cost(spec: KernelSpec, tuned: dict) -> tuple:
     """Smaller is better: what is nearest to the tuned choice; then two consumers and wide steps, with deep buffers."""
     distance = sum(getattr(spec, name) != value for name, value in tuned.items())
-    return distance, spec.tile_m, -spec.tile_n, -spec.q_stages, -spec.stages
+    return distance, spec.tile_m, -spec.tile_n, -spec.q_stages, -spec.k_stages, -spec.v_stages

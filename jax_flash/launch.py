@@ -138,16 +138,16 @@ class TensorMap:
         return [self.operand, self.element_bytes, self.swizzle_bytes, *self.dims, *self.strides, *self.box]
 
 
-def _rows_map(operand: int, shape, size: int, box_rows: int, row_bytes: int = 128) -> TensorMap:
-    """An array (groups, rows, heads, columns), in boxes of `row_bytes` bytes of `box_rows` rows of one head."""
+def _rows_map(operand: int, shape, size: int, box_rows: int) -> TensorMap:
+    """An array (groups, rows, heads, columns), in boxes of 128 bytes of `box_rows` rows of one head."""
     groups, rows, heads, columns = shape
     return TensorMap(
         operand=operand,
         element_bytes=size,
-        swizzle_bytes=row_bytes,
+        swizzle_bytes=128,
         dims=(columns, rows, heads, groups),
         strides=(heads * columns * size, columns * size, rows * heads * columns * size),
-        box=(row_bytes // size, box_rows, 1, 1),
+        box=(128 // size, box_rows, 1, 1),
     )
 
 
@@ -161,6 +161,19 @@ def _columns_map(operand: int, shape, box_rows: int, tile_columns: int) -> Tenso
         dims=(rows, columns, heads, groups),
         strides=(rows, columns * rows, heads * columns * rows),
         box=(box_rows, tile_columns, 1, 1),
+    )
+
+
+def _units_map(operand: int, shape, tile_columns: int) -> TensorMap:
+    """An FP8 array (groups, rows, heads, columns), in boxes of 32 rows, cut into units of 32 of its `tile_columns`."""
+    groups, rows, heads, columns = shape
+    return TensorMap(
+        operand=operand,
+        element_bytes=1,
+        swizzle_bytes=32,
+        dims=(32, rows, heads * columns // 32, groups),
+        strides=(heads * columns, 32, rows * heads * columns),
+        box=(32, 32, tile_columns // 32, 1),
     )
 
 
@@ -194,6 +207,7 @@ def kernel_specs(attention: Attention, operands: Operands) -> list[KernelSpec]:
         lse=attention.return_lse,
         mean_queries=math.prod(operands.q.shape[:2]) / operands.batch,
         mean_keys=math.prod(operands.k.shape[:2]) / operands.batch,
+        max_keys=operands.k.shape[1],
     )
 
 
@@ -214,12 +228,13 @@ def forward_cuda(attention: Attention, operands: Operands, specs: list[KernelSpe
     params = Params.of(attention, operands)
     size = operands.q.dtype.itemsize
     maps = [_rows_map(0, operands.q.shape, size, 64), _rows_map(1, operands.k.shape, size, spec.tile_n)]
-    if size == 1 and not spec.transposers:
+    if size == 1 and not spec.transposes:
         operands = operands._replace(v=transpose_fp8_values(operands.v))
         maps.append(_columns_map(2, operands.v.shape, spec.v_box_keys, spec.head_dim_v))
+    elif spec.transposes:
+        maps.append(_units_map(2, operands.v.shape, spec.head_dim_v))
     else:
-        row_bytes = 32 if spec.transposers else 128
-        maps.append(_rows_map(2, operands.v.shape, size, spec.v_box_keys, row_bytes))
+        maps.append(_rows_map(2, operands.v.shape, size, spec.v_box_keys))
     results = forward_result(attention, params)
     if results[0].dtype.itemsize == 2:
         maps.append(_rows_map(len(operands), results[0].shape, 2, 16))

@@ -185,14 +185,18 @@ class KernelSpec:
     """Keys of one step of the main loop."""
     ctas_per_sm: int
     """CTAs that an SM holds at a time."""
-    transposers: int
-    """Warps that transpose FP8 values: one of the producer's, or four of their own; 0 where they come transposed."""
+    deposits: bool
+    """Whether rows may see more keys than an FP8 accumulator adds up well, which is then deposited in Total."""
+    transposes: bool
+    """Whether two warps of the producer transpose FP8 values; else they come transposed."""
     v_box_keys: int
     """Keys of V that one TMA copy brings; of transposed FP8 values, as many bytes lie in a row of shared memory."""
     q_stages: int
     """Buffers for Q."""
-    stages: int
-    """Buffers for K, and as many for V."""
+    k_stages: int
+    """Buffers for K."""
+    v_stages: int
+    """Buffers for V."""
     ping_pong: bool
     """Whether consumer warpgroups take turns to issue their products."""
     overlap: int

@@ -21,14 +21,11 @@
 
 namespace jax_flash {
 
-// The warpgroup that transposes comes last.
-constexpr int kThreads = kWarpgroupSize + kConsumerThreads + kOwnWarpgroup * kWarpgroupSize;
+constexpr int kThreads = kWarpgroupSize + kConsumerThreads;
 static_assert(kThreads == spec::kThreads, "heuristics.py launches as many threads");
 
 constexpr int kLaunchRegisters = 64 * 1024 / (spec::kCtasPerSm * kThreads) / 8 * 8;  // a thread's, of the 64 K of an SM
-constexpr int kTransposerRegisters = 24;
-static_assert(kWarpgroupSize * (spec::kProducerRegisters + kConsumers * spec::kConsumerRegisters +
-                                kOwnWarpgroup * kTransposerRegisters) <=
+static_assert(kWarpgroupSize * (spec::kProducerRegisters + kConsumers * spec::kConsumerRegisters) <=
                   kThreads * kLaunchRegisters,
               "setmaxnreg waits for ever for registers that the CTA was not launched with");
 
@@ -100,12 +97,22 @@ extern "C" __global__ void __launch_bounds__(kThreads, spec::kCtasPerSm)
   if (warpgroup == 0) {
     shrink_registers<spec::kProducerRegisters>();
     if (warp == 0) find_tiles(shared, operands, params, order);
-    if (warp == 1 && lane_index() == 0) KeyLoader(shared, maps).run();
-    if (warp == 2 && lane_index() == 0) ValueLoader(shared, maps).run();
-    if (kPrepares && !kOwnWarpgroup && warp == 3) Preparer(shared, 0).run();
-  } else if (kOwnWarpgroup && warpgroup == kConsumers + 1) {
-    shrink_registers<kTransposerRegisters>();
-    Preparer(shared, warp % kPreparers).run();
+    if constexpr (spec::kTransposes) {
+      // Two warps transpose, so keys and values are loaded by two lanes of one, which do not wait for each other.
+      if (warp == 1) {
+        if (lane_index() == 0) {
+          KeyLoader(shared, maps).run();
+        } else if (lane_index() == kWarpSize / 2) {
+          ValueLoader(shared, maps, params).run();
+        }
+      } else if (warp >= 2) {
+        Preparer(shared, warp - 2).run();
+      }
+    } else {
+      if (warp == 1 && lane_index() == 0) KeyLoader(shared, maps).run();
+      if (warp == 2 && lane_index() == 0) ValueLoader(shared, maps, params).run();
+      if (kPrepares && warp == 3) Preparer(shared, 0).run();
+    }
   } else {
     grow_registers<spec::kConsumerRegisters>();
     Consumer(shared, operands, maps, params, warpgroup - 1).run();

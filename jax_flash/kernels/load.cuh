@@ -4,6 +4,7 @@
 #include "hopper/barrier.cuh"
 #include "hopper/tma.cuh"
 #include "operands.cuh"
+#include "params.h"
 #include "spec.h"
 #include "storage.cuh"
 #include "tile.cuh"
@@ -68,7 +69,7 @@ class KeyLoader {
   SharedStorage& shared_;
   const TensorMaps& maps_;
   Ring<spec::kQStages> q_ring_;
-  Ring<spec::kStages> ring_;
+  Ring<spec::kKStages> ring_;
 };
 
 // One thread: loads V, in the same order. By itself, for a buffer of K is free earlier than one of V. The first values
@@ -76,8 +77,8 @@ class KeyLoader {
 // for the barrier may have gone on by two phases before this thread looks.
 class ValueLoader {
  public:
-  __device__ __forceinline__ ValueLoader(SharedStorage& shared, const TensorMaps& maps)
-      : shared_(shared), maps_(maps) {}
+  __device__ __forceinline__ ValueLoader(SharedStorage& shared, const TensorMaps& maps, const Params& params)
+      : shared_(shared), maps_(maps), params_(params) {}
 
   __device__ __forceinline__ void run() {
     bool first = true;
@@ -99,12 +100,11 @@ class ValueLoader {
     shared_.v_pipe[slot].empty.wait(ring_.phase ^ 1);
     Barrier& barrier = prepares(work.tile, block) ? shared_.v_landed[slot] : shared_.v_pipe[slot].full;
     barrier.arrive_expect(kVBytes);
-    if constexpr (kTransposes) {
-      u8* unit = shared_.v[slot];
+    if constexpr (spec::kTransposes) {
+      // All units of 32 keys at once: those of one head and of the next follow each other.
+      const int first_unit = kv_head * (params_.head_dim_v / kVUnit);
       for (int key = 0; key < spec::kTileN; key += kVUnit) {
-        for (int column = 0; column < spec::kHeadDimV; column += kVUnit, unit += kUnitBytes) {
-          tma_load(unit, maps_.v, barrier, column, row + key, kv_head, kv_group);
-        }
+        tma_load(shared_.v[slot] + key * spec::kHeadDimV, maps_.v, barrier, 0, row + key, first_unit, kv_group);
       }
     } else if constexpr (kFp8) {
       for (int key = 0; key < spec::kTileN; key += spec::kVBoxKeys) {
@@ -118,7 +118,8 @@ class ValueLoader {
 
   SharedStorage& shared_;
   const TensorMaps& maps_;
-  Ring<spec::kStages> ring_;
+  const Params& params_;
+  Ring<spec::kVStages> ring_;
 };
 
 }  // namespace jax_flash

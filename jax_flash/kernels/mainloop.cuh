@@ -47,7 +47,7 @@ __device__ constexpr int v_step_bytes(int i) {
   return key / spec::kVBoxKeys * (spec::kVBoxKeys * spec::kHeadDimV) + key % spec::kVBoxKeys;
 }
 
-static_assert(spec::kStages >= 2, "a consumer holds one block while it waits for the next");
+static_assert(spec::kKStages >= 2, "a consumer holds one block while it waits for the next");
 
 class Consumer {
  public:
@@ -160,7 +160,7 @@ class Consumer {
       step<true>(s, p, o, softmax, rescale);
       deposit_if_full(o);
     }
-    if constexpr (kFp8) {
+    if constexpr (spec::kDeposits) {
       while (block_ > last) {
         // The last blocks of a tile are one more at most.
         const int next = block_ - total_.room() + 1;
@@ -193,7 +193,7 @@ class Consumer {
   }
 
   __device__ __forceinline__ void deposit_if_full(Output& o) {
-    if (!kFp8 || total_.room() > 0) return;
+    if (!spec::kDeposits || total_.room() > 0) return;
     total_.open();
     total_.deposit(o);
   }
@@ -307,7 +307,7 @@ class Consumer {
     if (__any_sync(kAllLanes, rescale[0] != 1.0f || rescale[1] != 1.0f)) {
 #pragma unroll
       for (int i = 0; i < spec::kHeadDimV / 2; ++i) o[i] *= rescale[i / 2 % 2];
-      if constexpr (kFp8) total_.rescale(rescale);
+      if constexpr (spec::kDeposits) total_.rescale(rescale);
     }
     wgmma_fence();
     issue_values(p, advance(v_descriptor_, v_ring_.slot * kVBytes), o, !replaces_);
@@ -318,7 +318,7 @@ class Consumer {
     wgmma_wait<0>();
     fence_registers(o);
     replaces_ = false;
-    if constexpr (kFp8) total_.count();
+    if constexpr (spec::kDeposits) total_.count();
     shared_.v_pipe[v_ring_.slot].release();
     v_ring_.advance();
   }
@@ -334,7 +334,7 @@ class Consumer {
   // Before a tile's first values, which replace what the output holds.
   __device__ __forceinline__ void begin_output(float (&rescale)[kRowsPerThread]) {
     replaces_ = true;
-    if constexpr (kFp8) total_.begin();
+    if constexpr (spec::kDeposits) total_.begin();
 #pragma unroll
     for (int r = 0; r < kRowsPerThread; ++r) rescale[r] = 1.0f;
   }
@@ -348,7 +348,7 @@ class Consumer {
   // Ends a tile: stores its rows.
   __device__ __forceinline__ void store(Work& work, float (&factor)[kRowsPerThread], float (&lse)[kRowsPerThread],
                                         Output& o) {
-    if constexpr (kFp8) total_.withdraw(o);
+    if constexpr (spec::kDeposits) total_.withdraw(o);
     store_rows(work, params_, operands_, maps_, first_row() + warp() * kWarpRows, factor, lse, o,
                shared_.out[warpgroup_ * (kWarpgroupSize / kWarpSize) + warp()].buffers);
     work.release();
@@ -379,8 +379,8 @@ class Consumer {
   u32 v_descriptor_;
   Ring<spec::kQStages> q_ring_;
   Ring<kWorkSlots> work_ring_;
-  Ring<spec::kStages> k_ring_;
-  Ring<spec::kStages> v_ring_;
+  Ring<spec::kKStages> k_ring_;
+  Ring<spec::kVStages> v_ring_;
   // Whether blocks begin with keys that some row does not see.
   static constexpr bool kLeftEdge = spec::kWindowLeft || spec::kKeyAlignment > 1;
 

@@ -87,7 +87,7 @@ class Preparer {
     const int slot = ring_.slot;
     shared_.v_landed[slot].wait(phases_ >> slot & 1);
     phases_ ^= 1 << slot;
-    if constexpr (kTransposes) transpose_values(shared_.v[slot], warp_);
+    if constexpr (spec::kTransposes) transpose_values(shared_.v[slot], warp_);
     if (clears(tile, block)) {
       const int first = first_key_in(tile, block);
       __syncwarp();
@@ -100,7 +100,7 @@ class Preparer {
 
   SharedStorage& shared_;
   int warp_;
-  Ring<spec::kStages> ring_;
+  Ring<spec::kVStages> ring_;
   u32 phases_ = 0;  // of each stage's v_landed, a bit
 };
 

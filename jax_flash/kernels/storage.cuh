@@ -44,24 +44,21 @@ struct Pipe {
   __device__ __forceinline__ void release() { empty.arrive_if(lane_index() == 0); }
 };
 
-// FP8 values that come as they are: by one warp of the producer, or by a warpgroup of their own.
-constexpr bool kTransposes = spec::kTransposers > 0;
-constexpr bool kOwnWarpgroup = spec::kTransposers == kWarpgroupSize / kWarpSize;
-static_assert(spec::kTransposers <= 1 || kOwnWarpgroup, "a warpgroup is whole");
-
 // Whether rows around the used keys may hold anything.
 constexpr bool kClears = spec::kPackedK || spec::kSequsedK;
 
 // Whether values of a block are cleared, and whether a warp has anything to do with them before the tensor cores may.
 __device__ __forceinline__ bool clears(const Tile& tile, int block) { return kClears && at_edge(tile, block); }
-__device__ __forceinline__ bool prepares(const Tile& tile, int block) { return kTransposes || clears(tile, block); }
-constexpr bool kPrepares = kTransposes || kClears;
-constexpr int kPreparers = spec::kTransposers > 1 ? spec::kTransposers : 1;  // warps that do so
+__device__ __forceinline__ bool prepares(const Tile& tile, int block) {
+  return spec::kTransposes || clears(tile, block);
+}
+constexpr bool kPrepares = spec::kTransposes || kClears;
+constexpr int kPreparers = spec::kTransposes ? 2 : 1;  // warps that do so
 
 // Values are prepared in units: those to be transposed in boxes of as many keys as columns, others all at once.
 constexpr int kVUnit = 32;
-constexpr int kUnitBytes = kTransposes ? kVUnit * kVUnit : kVBytes;
-static_assert(!kTransposes || spec::kVBoxKeys == kVUnit, "one copy of TMA brings a unit");
+constexpr int kUnitBytes = spec::kTransposes ? kVUnit * kVUnit : kVBytes;
+static_assert(!spec::kTransposes || spec::kVBoxKeys == kVUnit, "one copy of TMA brings a unit");
 constexpr int kUnitVectors = kUnitBytes / 16;
 constexpr int kVUnits = kVBytes / kUnitBytes;
 
@@ -97,18 +94,18 @@ constexpr int kTotalBytes = spec::kHeadDimV <= 128 ? 4 : 2;
 // A warp's own: its Total has been taken out by the time that its rows wait.
 union alignas(1024) WarpStorage {
   u8 buffers[kOutBuffers][kOutBytes];
-  u8 total[kFp8 ? kWarpRows * spec::kHeadDimV * kTotalBytes : 1];
+  u8 total[spec::kDeposits ? kWarpRows * spec::kHeadDimV * kTotalBytes : 1];
 };
 
 struct alignas(1024) SharedStorage {
   u8 q[spec::kQStages][kConsumers][kQBytes];
-  u8 k[spec::kStages][kKBytes];
-  u8 v[spec::kStages][kVBytes];
+  u8 k[spec::kKStages][kKBytes];
+  u8 v[spec::kVStages][kVBytes];
   WarpStorage out[kConsumerWarps];
   Pipe q_pipe[spec::kQStages][kConsumers];
-  Pipe k_pipe[spec::kStages];
-  Pipe v_pipe[spec::kStages];
-  Barrier v_landed[spec::kStages];  // instead of `full`, where values must be prepared first
+  Pipe k_pipe[spec::kKStages];
+  Pipe v_pipe[spec::kVStages];
+  Barrier v_landed[spec::kVStages];  // instead of `full`, where values must be prepared first
   Work work[kWorkSlots];
 
   __device__ __forceinline__ void init() {
@@ -122,8 +119,10 @@ struct alignas(1024) SharedStorage {
         q_pipe[stage][consumer].init(kWarpgroupSize / kWarpSize);
       }
     }
-    for (int stage = 0; stage < spec::kStages; ++stage) {
+    for (int stage = 0; stage < spec::kKStages; ++stage) {
       k_pipe[stage].init(kConsumerWarps);
+    }
+    for (int stage = 0; stage < spec::kVStages; ++stage) {
       v_pipe[stage].init(kConsumerWarps, kPreparers);
       v_landed[stage].init(1);
     }
