@@ -22,7 +22,7 @@ FEATURES = ("softcap", "sinks", "packed_q", "packed_k", "seqused_q", "seqused_k"
 
 
 def of_case(case: Case) -> list[KernelSpec]:
-    """The kernels of a case, the best first. A KernelSpec knows no length, so short sequences do."""
+    """The kernels of a case, the best first, with short sequences instead of its own; the grid has long ones."""
     shorter = {side: tuple(min(length, 2) for length in getattr(case, side)) for side in ("q_lens", "k_lens")}
     attention, operands = canonical.canonical(Call(**dataclasses.replace(case, **shorter).arguments()))
     return launch.kernel_specs(attention, operands)
