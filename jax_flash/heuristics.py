@@ -58,15 +58,15 @@ maxima. `python -m benchmarks tune` searches from here on."""
 
 
 MOST_TRANSPOSED = {64: 2048, 96: 2048, 128: 2048, 192: 1024, 256: 512}
-"""Sequences of so many keys on average, or fewer, have their FP8 values transposed by the kernel, by head dim; under a
-causal mask or packed, twice as many. Each tile of queries transposes all values that it sees; from some tiles on it is
-cheaper to do so once beforehand."""
+"""Sequences of so many keys on average, or windows of so many, have their FP8 values transposed by the kernel, by head
+dim; under a causal mask or packed, twice as many. Each tile of queries transposes all values that it sees; from some
+tiles on it is cheaper to do so once beforehand."""
 
 TRANSPOSING = {"v_stages": 3}
 """What is faster then, for a buffer of V is longer on its way."""
 
 SHORT_KEYS = 1024
-"""Sequences of so many keys on average, or fewer, are short."""
+"""Sequences of so many keys on average, or fewer, are short, and such windows."""
 
 SHORT: dict[tuple[int, int], dict[str, int | bool]] = {(1, 128): {"tile_n": 128}}
 """What is faster then, by bytes of an element and head dim: wide steps waste much of the last one."""
@@ -124,6 +124,8 @@ def ranked(
     size = element_bytes(element)
     dim = max(fixed["head_dim"], fixed["head_dim_v"])
     tuned = TUNED.get((size, dim, fixed["softcap"]), {})
+    if fixed["window_left"] and fixed["window_right"]:
+        mean_keys = min(mean_keys, window_left + window_right + 1)
     # Under a causal mask half of the queries see a key; packed keys that come transposed share blocks with others.
     factor = 2 if fixed["window_right"] or fixed["packed_k"] else 1
     # By units of 32 columns.
