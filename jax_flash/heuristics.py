@@ -62,6 +62,9 @@ MOST_TRANSPOSED = {64: 2048, 96: 2048, 128: 2048, 192: 1024, 256: 512}
 dim; under a causal mask or packed, twice as many. Each tile of queries transposes all values that it sees; from some
 tiles on it is cheaper to do so once beforehand."""
 
+V_UNIT = 32
+"""Keys and columns that the kernel transposes at a time."""
+
 TRANSPOSING = {"v_stages": 3}
 """What is faster then, for a buffer of V is longer on its way."""
 
@@ -116,7 +119,6 @@ def ranked(
         "out": out,
         "head_dim": padded_head_dim(head_dim),
         "head_dim_v": padded_head_dim(head_dim_v),
-        "transposes": False,
         "window_left": window_left != UNBOUNDED,
         "window_right": window_right != UNBOUNDED,
         **features,
@@ -128,10 +130,9 @@ def ranked(
         mean_keys = min(mean_keys, window_left + window_right + 1)
     # Under a causal mask half of the queries see a key; packed keys that come transposed share blocks with others.
     factor = 2 if fixed["window_right"] or fixed["packed_k"] else 1
-    # By units of 32 columns.
-    if size == 1 and mean_keys <= factor * MOST_TRANSPOSED[dim] and head_dim_v % 32 == 0:
+    fixed["transposes"] = size == 1 and mean_keys <= factor * MOST_TRANSPOSED[dim] and head_dim_v % V_UNIT == 0
+    if fixed["transposes"]:
         tuned = tuned | TRANSPOSING
-        fixed["transposes"] = True
     if mean_keys <= SHORT_KEYS:
         tuned = tuned | SHORT.get((size, dim), {})
     if max(mean_queries, mean_keys) <= TINY_ROWS:
@@ -188,7 +189,7 @@ def v_box_keys(is_fp8: bool, tile_n: int, transposes: bool) -> int:
     """Keys of V that one TMA copy brings: transposed FP8 values lie in swizzled rows, as wide as fit the tile."""
     if not is_fp8:
         return tile_n
-    widest = 32 if transposes else 128  # where they are transposed, as many keys as columns
+    widest = V_UNIT if transposes else 128
     return next(keys for keys in (128, 64, 32) if keys <= widest and tile_n % keys == 0)
 
 
@@ -198,8 +199,9 @@ def with_choices(spec: KernelSpec, **choices: Any) -> KernelSpec:
 
 
 def register_split(consumers: int, needed: int, dense_fp8: bool) -> tuple[int, int]:
-    """Registers of a producer and of a consumer thread, of the 64 K that an SM has; a consumer needs so many. With one
-    consumer two CTAs share an SM. A producer of 16-bit or of packed tiles spills with 24."""
+    """Registers of a producer and of a consumer thread, of the 64 K that an SM has, by what a consumer needs: of those
+    that need 217 or more some spill with 232. With one consumer two CTAs share an SM. A producer of 16-bit or of packed
+    tiles spills with 24."""
     if consumers == 2 and dense_fp8 and needed > 216:
         return 24, 240
     return {1: (40, 216), 2: (40, 232), 3: (32, 160)}[consumers]

@@ -164,16 +164,16 @@ def _columns_map(operand: int, shape, box_rows: int, tile_columns: int) -> Tenso
     )
 
 
-def _units_map(operand: int, shape, tile_columns: int) -> TensorMap:
-    """An FP8 array (groups, rows, heads, columns), in boxes of 32 rows, cut into units of 32 of its `tile_columns`."""
+def _units_map(operand: int, shape, unit: int, tile_columns: int) -> TensorMap:
+    """An FP8 array (groups, rows, heads, columns), in boxes of `unit` rows and `tile_columns`, cut into squares."""
     groups, rows, heads, columns = shape
     return TensorMap(
         operand=operand,
         element_bytes=1,
-        swizzle_bytes=32,
-        dims=(32, rows, heads * columns // 32, groups),
-        strides=(heads * columns, 32, rows * heads * columns),
-        box=(32, 32, tile_columns // 32, 1),
+        swizzle_bytes=unit,
+        dims=(unit, rows, heads * columns // unit, groups),
+        strides=(heads * columns, unit, rows * heads * columns),
+        box=(unit, unit, tile_columns // unit, 1),
     )
 
 
@@ -228,11 +228,11 @@ def forward_cuda(attention: Attention, operands: Operands, specs: list[KernelSpe
     params = Params.of(attention, operands)
     size = operands.q.dtype.itemsize
     maps = [_rows_map(0, operands.q.shape, size, 64), _rows_map(1, operands.k.shape, size, spec.tile_n)]
-    if size == 1 and not spec.transposes:
+    if spec.transposes:
+        maps.append(_units_map(2, operands.v.shape, spec.v_box_keys, spec.head_dim_v))
+    elif size == 1:
         operands = operands._replace(v=transpose_fp8_values(operands.v))
         maps.append(_columns_map(2, operands.v.shape, spec.v_box_keys, spec.head_dim_v))
-    elif spec.transposes:
-        maps.append(_units_map(2, operands.v.shape, spec.head_dim_v))
     else:
         maps.append(_rows_map(2, operands.v.shape, size, spec.v_box_keys))
     results = forward_result(attention, params)

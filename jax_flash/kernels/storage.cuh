@@ -58,7 +58,7 @@ constexpr int kPreparers = spec::kTransposes ? 2 : 1;  // warps that do so
 // Values are prepared in units: those to be transposed in boxes of as many keys as columns, others all at once.
 constexpr int kVUnit = 32;
 constexpr int kUnitBytes = spec::kTransposes ? kVUnit * kVUnit : kVBytes;
-static_assert(!spec::kTransposes || spec::kVBoxKeys == kVUnit, "one copy of TMA brings a unit");
+static_assert(!spec::kTransposes || spec::kVBoxKeys == kVUnit, "one copy of TMA brings the keys of a unit");
 constexpr int kUnitVectors = kUnitBytes / 16;
 constexpr int kVUnits = kVBytes / kUnitBytes;
 
