@@ -129,7 +129,12 @@ def kernel_seconds(call: Callable[[], object], wait: Callable[[object], object])
 def ours(row: Row) -> Callable:
     """jax_flash.attention."""
     call = functools.partial(jax_flash.attention, causal=row.causal, window_size=window_size(row), softcap=row.softcap)
-    return (lambda q, k, v, cu: call(q, k, v, cu_seqlens_q=cu, cu_seqlens_k=cu)) if row.packed else call
+    if not row.packed:
+        return call
+    longest = max(row.q_lengths)
+    return lambda q, k, v, cu: call(
+        q, k, v, cu_seqlens_q=cu, cu_seqlens_k=cu, max_seqlen_q=longest, max_seqlen_k=longest
+    )
 
 
 def ours_quantising(row: Row) -> Callable:

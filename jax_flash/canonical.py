@@ -26,6 +26,7 @@ def canonical(call: Call) -> tuple[Attention, Operands]:
         softcap=float(call.softcap),
         out_dtype=_out_dtype(call),
         return_lse=bool(call.return_lse),
+        max_seqlen_q=int(call.max_seqlen_q) if call.packed_q and call.max_seqlen_q is not None else None,
         implementation=call.implementation,
     )
     q, k, v = (jnp.asarray(x) for x in (call.q, call.k, call.v))

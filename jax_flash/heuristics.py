@@ -35,11 +35,11 @@ TUNED: dict[tuple[int, int, bool], dict[str, int | bool]] = {
     (1, 64, True): {"tile_m": 192, "tile_n": 128, "q_stages": 1, "k_stages": 2, "overlap": 0, "integer_max": True},
     (1, 96, False): {"tile_m": 192, "tile_n": 128, "q_stages": 2, "k_stages": 2, "overlap": 4, "integer_max": True},
     (1, 96, True): {"tile_m": 128, "tile_n": 192, "q_stages": 1, "k_stages": 2, "overlap": 0, "integer_max": True},
-    (1, 128, False): {"tile_m": 128, "tile_n": 192, "q_stages": 2, "k_stages": 2, "overlap": 2, "integer_max": True},
+    (1, 128, False): {"tile_m": 128, "tile_n": 192, "q_stages": 2, "k_stages": 2, "overlap": 1, "integer_max": True},
     (1, 128, True): {"tile_m": 128, "tile_n": 192, "q_stages": 2, "k_stages": 2, "overlap": 0, "integer_max": True},
-    (1, 192, False): {"tile_m": 128, "tile_n": 128, "q_stages": 1, "k_stages": 2, "overlap": 2, "integer_max": True},
+    (1, 192, False): {"tile_m": 128, "tile_n": 128, "q_stages": 1, "k_stages": 2, "overlap": 1, "integer_max": True},
     (1, 192, True): {"tile_m": 128, "tile_n": 128, "q_stages": 1, "k_stages": 2, "overlap": 0, "integer_max": True},
-    (1, 256, False): {"tile_m": 128, "tile_n": 128, "q_stages": 1, "k_stages": 2, "overlap": 2, "integer_max": True},
+    (1, 256, False): {"tile_m": 128, "tile_n": 128, "q_stages": 1, "k_stages": 2, "overlap": 1, "integer_max": True},
     (1, 256, True): {"tile_m": 128, "tile_n": 96, "q_stages": 1, "k_stages": 2, "overlap": 0, "integer_max": True},
     (2, 64, False): {"tile_m": 192, "tile_n": 128, "q_stages": 2, "k_stages": 3, "overlap": 2, "integer_max": True},
     (2, 64, True): {"tile_m": 192, "tile_n": 96, "q_stages": 2, "k_stages": 3, "overlap": 0, "integer_max": True},
@@ -57,7 +57,7 @@ KernelSpec. A call that needs more registers takes what comes nearest. A softcap
 maxima. `python -m benchmarks tune` searches from here on."""
 
 
-MOST_TRANSPOSED = {64: 2048, 96: 2048, 128: 2048, 192: 1024, 256: 512}
+MOST_TRANSPOSED = {64: 2048, 96: 2048, 128: 1024, 192: 1024, 256: 512}
 """Sequences of so many keys on average, or windows of so many, have their FP8 values transposed by the kernel, by head
 dim; under a causal mask or packed, twice as many. Each tile of queries transposes all values that it sees; from some
 tiles on it is cheaper to do so once beforehand."""
@@ -65,8 +65,8 @@ tiles on it is cheaper to do so once beforehand."""
 V_UNIT = 32
 """Keys and columns that the kernel transposes at a time."""
 
-TRANSPOSING = {"v_stages": 3}
-"""What is faster then, for a buffer of V is longer on its way."""
+TRANSPOSING = {d: {"v_stages": 3} for d in HEAD_DIMS} | {128: {"v_stages": 3, "overlap": 2}}
+"""What is faster then, by head dim: a buffer of V is longer on its way."""
 
 SHORT_KEYS = 1024
 """Sequences of so many keys on average, or fewer, are short, and such windows."""
@@ -128,11 +128,12 @@ def ranked(
     tuned = TUNED.get((size, dim, fixed["softcap"]), {})
     if fixed["window_left"] and fixed["window_right"]:
         mean_keys = min(mean_keys, window_left + window_right + 1)
+        max_keys = min(max_keys, window_left + window_right + 1)
     # Under a causal mask half of the queries see a key; packed keys that come transposed share blocks with others.
     factor = 2 if fixed["window_right"] or fixed["packed_k"] else 1
     fixed["transposes"] = size == 1 and mean_keys <= factor * MOST_TRANSPOSED[dim] and head_dim_v % V_UNIT == 0
     if fixed["transposes"]:
-        tuned = tuned | TRANSPOSING
+        tuned = tuned | TRANSPOSING[dim]
     if mean_keys <= SHORT_KEYS:
         tuned = tuned | SHORT.get((size, dim), {})
     if max(mean_queries, mean_keys) <= TINY_ROWS:

@@ -253,7 +253,7 @@ def forward_cuda(attention: Attention, operands: Operands, specs: list[KernelSpe
         shared_bytes=np.int64(spec.shared_bytes),
         draws=np.int64(len(draws)),
         params=params_attribute(params),
-        order=np.array(Order.of(spec, params, grid).flat(), np.uint32).view(np.int32),
+        order=np.array(Order.of(spec, params, grid, attention.max_seqlen_q).flat(), np.uint32).view(np.int32),
     )
     return out, lse
 

@@ -22,6 +22,10 @@ MIRRORED = 2.5
 """CTAs get two tiles of each pair if that keeps no more pairs in work than so many times those that L2_BYTES hold."""
 
 
+LONG_TILES = 4
+"""Packed sequences of more tiles come first: begun last, few CTAs would compute them while all others wait."""
+
+
 class Divisor(NamedTuple):
     """A divisor of numbers below 2**31: x // value == x * multiplier >> 31 + shift."""
 
@@ -119,10 +123,15 @@ class Order(NamedTuple):
     """Query heads that share keys and values."""
     fitting_rows: int
     """Rows of keys and values, of one query head, that stay in the L2 cache together."""
+    long_rows: int
+    """Packed sequences of more rows come first."""
 
     @classmethod
-    def of(cls, spec: KernelSpec, params: Params, ctas: int) -> Order:
-        """The order of a call; packed queries have no rounds, but what follows from lengths that the kernel reads."""
+    def of(cls, spec: KernelSpec, params: Params, ctas: int, max_seqlen_q: int | None = None) -> Order:
+        """The order of a call; packed queries have no rounds, but what follows from lengths that the kernel reads.
+
+        It looks for long sequences before others, unless `max_seqlen_q` says that there are none.
+        """
         row_bytes = (params.head_dim + params.head_dim_v) * heuristics.element_bytes(spec.element)
         fitting_rows = min(L2_BYTES * params.heads // (row_bytes * params.kv_heads), 2**30)
         parts = NO_ROUNDS, NO_ROUNDS
@@ -131,7 +140,11 @@ class Order(NamedTuple):
             m_blocks = -(-params.q_rows // spec.tile_m)
             fitting = max(1, fitting_rows // max(1, params.kv_rows))
             parts = (unequal if spec.window_right else equal)(pairs, m_blocks, ctas, fitting)
-        return cls(parts, Divisor.of(params.heads), Divisor.of(params.heads // params.kv_heads), fitting_rows)
+        long_rows = LONG_TILES * spec.tile_m
+        if max_seqlen_q is not None and max_seqlen_q <= long_rows:
+            long_rows = params.q_rows
+        divisors = Divisor.of(params.heads), Divisor.of(params.heads // params.kv_heads)
+        return cls(parts, *divisors, fitting_rows, long_rows)
 
     def flat(self) -> list[int]:
         """All numbers in order."""

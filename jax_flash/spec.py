@@ -68,6 +68,8 @@ class Attention:
     """Dtype of the output: "float16", "bfloat16" or "float32"."""
     return_lse: bool = False
     """Whether the log-sum-exp is wanted; without it that result is empty."""
+    max_seqlen_q: int | None = None
+    """What the longest of packed query sequences may have, if known: for the schedule, which changes no result."""
     implementation: str | None = None
     """Who must run it: "cuda" or "cpu"; None takes whoever serves the platform."""
 

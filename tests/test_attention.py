@@ -52,7 +52,7 @@ def test_same_inputs_give_the_same_bits(kernel):
 
 @pytest.mark.parametrize("max_seqlen", [0, 5, 10**6])
 def test_wrong_hint_changes_nothing(kernel, max_seqlen):
-    arguments = Case(id="hint", packed_q=True, packed_k=True, q_lens=(40, 9), k_lens=(51, 30)).arguments()
+    arguments = Case(id="hint", packed_q=True, packed_k=True, q_lens=(40, 590, 9), k_lens=(51, 570, 30)).arguments()
     hinted = run(arguments, implementation=kernel, max_seqlen_q=max_seqlen, max_seqlen_k=max_seqlen)
     for x, y in zip(hinted, run(arguments, implementation=kernel), strict=True):
         np.testing.assert_array_equal(x, y)

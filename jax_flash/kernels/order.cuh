@@ -39,6 +39,7 @@ struct Order {
   Divisor heads;
   Divisor heads_of_kv;
   int fitting_rows;
+  int long_rows;
 };
 
 }  // namespace jax_flash

@@ -88,16 +88,20 @@ class PackedSchedule {
   // The next tile's rows, if there is one. All lanes take part.
   //
   // A group of n sequences is n + 2 segments of rows: before the first, the sequences, after the last. A warp looks at
-  // a chunk of 32 segments at a time and remembers where it stands, as later tiles never lie further back.
+  // a chunk of 32 segments at a time and remembers where it stands, as later tiles never lie further back. If some may
+  // be long it goes over those first, in chunks that it counts from below 0, and then over the others.
   __device__ __forceinline__ bool next(Tile& tile) {
-    const int index = draw();
     const int q_groups = opaque(params_.q_groups);
     const int q_rows = opaque(params_.q_rows);
     const int heads = opaque(params_.heads);
     const int sequences = params_.batch / q_groups;
     const int segments = q_groups * (sequences + 2);
+    const int rounded = ceil_div(segments, kWarpSize) * kWarpSize;
+    if (!drew_ && q_rows > order_.long_rows) chunk_ = -rounded;
+    const int index = draw();
     while (chunk_ < segments) {
-      const int segment = chunk_ + lane_index();
+      const bool long_ones = chunk_ < 0;
+      const int segment = chunk_ + (long_ones ? rounded : 0) + lane_index();
       const int group = min(segment, segments - 1) / (sequences + 2);
       const int in_group = min(segment, segments - 1) - group * (sequences + 2);
       int end = q_rows;
@@ -107,12 +111,13 @@ class PackedSchedule {
       end = max(warp_scan_max(group * q_rows + end), chunk_row_);
       int begin = __shfl_up_sync(kAllLanes, end, 1);
       if (lane_index() == 0) begin = chunk_row_;
-      const int m_blocks = ceil_div(end - begin, spec::kTileM);
+      const bool passed_over = (end - begin > order_.long_rows) != long_ones;
+      const int m_blocks = passed_over ? 0 : ceil_div(end - begin, spec::kTileM);
       const int tiles_end = chunk_tiles_ + warp_scan_sum(m_blocks * heads);
       const u32 later = __ballot_sync(kAllLanes, tiles_end > index);
       if (later == 0) {
         chunk_ += kWarpSize;
-        chunk_row_ = __shfl_sync(kAllLanes, end, kWarpSize - 1);
+        chunk_row_ = chunk_ == 0 ? 0 : __shfl_sync(kAllLanes, end, kWarpSize - 1);
         chunk_tiles_ = __shfl_sync(kAllLanes, tiles_end, kWarpSize - 1);
         continue;
       }
