@@ -64,8 +64,12 @@ class Total {
         const float low = o[i + j] + before.low(j) * rescale_[j / 2 % 2];
         const float high = o[i + j + 1] + before.high(j) * rescale_[j / 2 % 2];
         after.put(j, low, high);
-        o[i + j] = left(o[i + j], low - after.low(j));
-        o[i + j + 1] = left(o[i + j + 1], high - after.high(j));
+        o[i + j] *= -kAhead;
+        o[i + j + 1] *= -kAhead;
+        if constexpr (kTotalBytes == 2) {
+          o[i + j] += (1 + kAhead) * (low - after.low(j));
+          o[i + j + 1] += (1 + kAhead) * (high - after.high(j));
+        }
       }
       group = after;
     }
@@ -88,8 +92,7 @@ class Total {
   }
 
  private:
-  // 0.75 loses least; 1 spares an instruction, where a narrow total takes so many.
-  static constexpr float kAhead = kTotalBytes == 4 ? 0.75f : 1.0f;
+  static constexpr float kAhead = 0.75f;
   static constexpr int kGroup = 16 / kTotalBytes;
 
   // What a lane reads and writes at a time, in units of 1 + kAhead: pairs of floats or, narrow, their upper halves, of
@@ -112,11 +115,6 @@ class Total {
       }
     }
   };
-
-  // What a deposit leaves of an accumulator, `lost` being what a narrow total cannot hold of the sum.
-  __device__ __forceinline__ static float left(float o, float lost) {
-    return kTotalBytes == 4 ? -kAhead * o : __fmaf_rn(1 + kAhead, lost, -kAhead * o);
-  }
 
   __device__ __forceinline__ void start(int room) {
     room_ = room;
