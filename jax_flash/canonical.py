@@ -26,7 +26,7 @@ def canonical(call: Call) -> tuple[Attention, Operands]:
         softcap=float(call.softcap),
         out_dtype=_out_dtype(call),
         return_lse=bool(call.return_lse),
-        max_seqlen_q=int(call.max_seqlen_q) if call.packed_q and call.max_seqlen_q is not None else None,
+        max_seqlen_q=_rounded(call.max_seqlen_q) if call.packed_q else None,
         implementation=call.implementation,
     )
     q, k, v = (jnp.asarray(x) for x in (call.q, call.k, call.v))
@@ -84,6 +84,11 @@ def segments(cu_seqlens, rows: int) -> tuple[jax.Array, jax.Array]:
     bounds = jnp.clip(jax.lax.cummax(cu_seqlens, axis=1), 0, rows)
     search = functools.partial(jnp.searchsorted, side="right", method="scan_unrolled")
     return bounds, jax.vmap(search, in_axes=(0, None))(bounds, jnp.arange(rows, dtype=jnp.int32)).astype(jnp.int32)
+
+
+def _rounded(length: int | None) -> int | None:
+    """That or the next power of two: calls that differ in it are compiled one by one."""
+    return None if length is None else 1 << max(0, int(length) - 1).bit_length()
 
 
 def _window(size: int | None) -> int:

@@ -65,8 +65,9 @@ tiles on it is cheaper to do so once beforehand."""
 V_UNIT = 32
 """Keys and columns that the kernel transposes at a time."""
 
-TRANSPOSING = {d: {"v_stages": 3} for d in HEAD_DIMS} | {128: {"v_stages": 3, "overlap": 2}}
-"""What is faster then, by head dim: a buffer of V is longer on its way."""
+TRANSPOSING = {(d, softcap): {"v_stages": 3} for d in HEAD_DIMS for softcap in (False, True)}
+TRANSPOSING[128, False]["overlap"] = 2
+"""What is faster then, by head dim and whether there is a softcap: a buffer of V is longer on its way."""
 
 SHORT_KEYS = 1024
 """Sequences of so many keys on average, or fewer, are short, and such windows."""
@@ -133,7 +134,7 @@ def ranked(
     factor = 2 if fixed["window_right"] or fixed["packed_k"] else 1
     fixed["transposes"] = size == 1 and mean_keys <= factor * MOST_TRANSPOSED[dim] and head_dim_v % V_UNIT == 0
     if fixed["transposes"]:
-        tuned = tuned | TRANSPOSING[dim]
+        tuned = tuned | TRANSPOSING[dim, fixed["softcap"]]
     if mean_keys <= SHORT_KEYS:
         tuned = tuned | SHORT.get((size, dim), {})
     if max(mean_queries, mean_keys) <= TINY_ROWS:

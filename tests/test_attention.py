@@ -52,7 +52,8 @@ def test_same_inputs_give_the_same_bits(kernel):
 
 @pytest.mark.parametrize("max_seqlen", [0, 5, 10**6])
 def test_wrong_hint_changes_nothing(kernel, max_seqlen):
-    arguments = Case(id="hint", packed_q=True, packed_k=True, q_lens=(40, 590, 9), k_lens=(51, 570, 30)).arguments()
+    lens = {"q_lens": (40, 590, 9), "k_lens": (51, 570, 30)}  # one of more than four tiles, which comes first
+    arguments = Case(id="hint", head_dim=128, packed_q=True, packed_k=True, **lens).arguments()
     hinted = run(arguments, implementation=kernel, max_seqlen_q=max_seqlen, max_seqlen_k=max_seqlen)
     for x, y in zip(hinted, run(arguments, implementation=kernel), strict=True):
         np.testing.assert_array_equal(x, y)
@@ -138,6 +139,14 @@ def test_nonsense_cu_seqlens(kernel, q_nonsense, k_nonsense):
     arguments = _packed(dtype="float16", causal=True)
     arguments["cu_seqlens_q"] = np.array(NONSENSE[q_nonsense], np.int32)
     arguments["cu_seqlens_k"] = np.array((NONSENSE | {"valid": [0, 17, 30, 53]})[k_nonsense], np.int32)
+    check(arguments, *run(arguments, implementation=kernel))
+
+
+@pytest.mark.parametrize("cu_seqlens", [[30, 20, INT_MAX, 5], [INT_MIN, 7, 610, 600], [600, INT_MAX, 0, 640]])
+def test_nonsense_cu_seqlens_of_long_sequences(kernel, cu_seqlens):
+    lens = {"q_lens": (40, 590, 9), "k_lens": (51, 570, 30), "tail": 0}
+    arguments = Case(id="long", dtype="float16", head_dim=128, packed_q=True, packed_k=True, **lens).arguments()
+    arguments["cu_seqlens_q"] = np.array(cu_seqlens, np.int32)
     check(arguments, *run(arguments, implementation=kernel))
 
 
