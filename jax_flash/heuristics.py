@@ -65,8 +65,9 @@ tiles on it is cheaper to do so once beforehand."""
 V_UNIT = 32
 """Keys and columns that the kernel transposes at a time."""
 
-TRANSPOSING = {(d, softcap): {"v_stages": 3} for d in HEAD_DIMS for softcap in (False, True)}
-TRANSPOSING[128, False]["overlap"] = 2
+TRANSPOSING = {(d, softcap): {"v_stages": 3} for d in HEAD_DIMS for softcap in (False, True)} | {
+    (128, False): {"v_stages": 3, "overlap": 2}
+}
 """What is faster then, by head dim and whether there is a softcap: a buffer of V is longer on its way."""
 
 SHORT_KEYS = 1024

@@ -21,7 +21,6 @@ FEW_BLOCKS = 16
 MIRRORED = 2.5
 """CTAs get two tiles of each pair if that keeps no more pairs in work than so many times those that L2_BYTES hold."""
 
-
 LONG_TILES = 4
 """Packed sequences of more tiles come first: begun last, few CTAs would compute them while all others wait."""
 

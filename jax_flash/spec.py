@@ -69,7 +69,7 @@ class Attention:
     return_lse: bool = False
     """Whether the log-sum-exp is wanted; without it that result is empty."""
     max_seqlen_q: int | None = None
-    """What the longest of packed query sequences may have, if known: or somewhat more; it changes no result."""
+    """Rows of the longest packed query sequence, if known, or somewhat more; it changes no result."""
     implementation: str | None = None
     """Who must run it: "cuda" or "cpu"; None takes whoever serves the platform."""
 

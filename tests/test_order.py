@@ -97,6 +97,14 @@ def test_every_tile_once(head_dim, length, batch, heads, causal, ctas):
     assert sorted(tiles) == list(itertools.product(range(batch * heads), range(m_blocks)))
 
 
+@pytest.mark.parametrize(("max_seqlen_q", "searched"), [(None, True), (512, False), (513, True)])
+def test_long_packed_sequences_are_looked_for_unless_a_hint_rules_them_out(max_seqlen_q, searched):
+    spec, params = call(128, 8192, 2, 16, causal=False)
+    assert order.LONG_TILES * spec.tile_m == 512
+    found = order.Order.of(spec, params, 132, max_seqlen_q)
+    assert (params.q_rows > found.long_rows) == searched
+
+
 LOADS = [
     *((dim, s, 16384 // s, 2048 // dim, 1.05) for dim in (64, 128, 256) for s in (512, 2048, 4096, 8192)),
     # Few rounds, which nothing makes quite even.
