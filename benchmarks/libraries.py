@@ -72,7 +72,8 @@ def _inputs(row: Row, *keys) -> tuple[jax.Array, ...]:
     arrays = []
     for key, (lengths, heads, head_dim) in zip(keys, sides, strict=True):
         rows = (sum(lengths),) if row.packed else (len(lengths), lengths[0])
-        arrays.append(jax.random.normal(key, (*rows, heads, head_dim), jnp.float32).astype(row.dtype))
+        dtype = row.kv_dtype if arrays and row.kv_dtype else row.dtype
+        arrays.append(jax.random.normal(key, (*rows, heads, head_dim), jnp.float32).astype(dtype))
     if row.packed:
         arrays.append(jnp.asarray(np.cumsum([0, *row.q_lengths]), jnp.int32))
     return tuple(arrays)
@@ -144,6 +145,13 @@ def ours_quantising(row: Row) -> Callable:
     return lambda q, k, v: call(q, k, quantised(v), v_descale=V_UNIT)
 
 
+def ours_of_one_dtype(row: Row) -> Callable:
+    """jax_flash.attention of k and v in the dtype of q, where a row has FP8 ones."""
+    if not row.kv_dtype:
+        raise Refusal("q, k and v have one dtype")
+    return ours(row)
+
+
 def quantised(v: jax.Array) -> jax.Array:
     """v in FP8, in units of V_UNIT."""
     largest = float(jnp.finfo(jnp.float8_e4m3fn).max)
@@ -152,7 +160,7 @@ def quantised(v: jax.Array) -> jax.Array:
 
 def jax_nn(row: Row) -> Callable:
     """jax.nn.dot_product_attention: cuDNN on a GPU, XLA on the CPU. It has no packed sequences."""
-    without(row, "packed", "softcap")
+    without(row, "packed", "softcap", "kv_dtype")
     return functools.partial(
         jax.nn.dot_product_attention,
         is_causal=row.causal,
@@ -192,7 +200,7 @@ def cudnn_fp8(row: Row) -> Callable:
 def dew_flash_attn(row: Row) -> Callable:
     """FlashAttention-3 as dew_flash_attn packs it for JAX."""
     installed("dew_flash_attn")
-    without(row, "softcap")
+    without(row, "softcap", "kv_dtype")
     from dew_flash_attn import flash_mha, flash_mha_varlen
 
     options = {"is_causal": row.causal, "window_size": window_size(row)}
@@ -204,7 +212,7 @@ def dew_flash_attn(row: Row) -> Callable:
 def flash_attn3_jax(row: Row) -> Callable:
     """FlashAttention-3 as flash_attn3_jax packs it for JAX."""
     installed("flash_attn3_jax")
-    without(row, "softcap")
+    without(row, "softcap", "kv_dtype")
     from flash_attn3_jax import flash_mha, flash_mha_varlen, flash_mha_with_kvcache
 
     options = {"is_causal": row.causal, "window_size": window_size(row)}
@@ -221,7 +229,7 @@ def pallas(row: Row) -> Callable:
     """The attention that JAX ships in Pallas for Mosaic GPU. It has no scale: q is scaled beforehand."""
     if not on_gpu():
         raise Refusal("not installed")
-    without(row, "packed", "softcap", "window")
+    without(row, "packed", "softcap", "window", "kv_dtype")
     from jax.experimental.pallas.ops.gpu import attention_mgpu
 
     config = attention_mgpu.TuningConfig(
@@ -266,6 +274,11 @@ def quantising_timer(function: Callable, sets: list[tuple]) -> tuple[Result, Tim
     return result, difference
 
 
+def one_dtype_timer(function: Callable, sets: list[tuple]) -> tuple[Result, Timer]:
+    """jax_timer; k and v are widened to the dtype of q beforehand."""
+    return jax_timer(function, [(q, k.astype(q.dtype), v.astype(q.dtype)) for q, k, v in sets])
+
+
 def cudnn_fp8_timer(function: Callable, sets: list[tuple]) -> tuple[Result, Timer]:
     """jax_timer; the result is divided by its scale afterwards."""
     result, timer = jax_timer(function, sets)
@@ -293,6 +306,7 @@ def medians(timers: Mapping[Name, Timer], rounds: int) -> dict[Name, float]:
 def fa3_fwd(row: Row) -> Callable:
     """FlashAttention-3 for PyTorch. It transposes FP8 values itself."""
     installed("fa3_fwd_interface")
+    without(row, "kv_dtype")
     from fa3_fwd_interface import flash_attn_func, flash_attn_varlen_func
 
     options = {"causal": row.causal, "window_size": window_size(row), "softcap": row.softcap}
@@ -328,6 +342,7 @@ def torch_timer(function: Callable, sets: list[tuple]) -> tuple[Result, Timer]:
 LIBRARIES = {
     "jax_flash": (ours, jax_timer),
     "jax_flash, V quantised in the jit": (ours_quantising, quantising_timer),
+    "jax_flash, k and v in the dtype of q": (ours_of_one_dtype, one_dtype_timer),
     "FA3 (dew_flash_attn)": (dew_flash_attn, jax_timer),
     "FA3 (flash_attn3_jax)": (flash_attn3_jax, jax_timer),
     "FA3 (PyTorch)": (fa3_fwd, torch_timer),

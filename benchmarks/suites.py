@@ -26,6 +26,8 @@ class Row:
     softcap: float = 0.0
     packed: bool = False
     """Whether the sequences lie one after another, cut by cu_seqlens."""
+    kv_dtype: str | None = None
+    """Of k and v; that of q unless given."""
 
     @property
     def flops(self) -> float:
@@ -43,20 +45,21 @@ class Row:
     @property
     def bytes(self) -> int:
         """Of q, k and v, read once; the output, of 16 bits at least, is written on top."""
-        size = {"float32": 4, "float8_e4m3fn": 1}.get(self.dtype, 2)
+        sizes = {"float32": 4, "float8_e4m3fn": 1}
         queries = sum(self.q_lengths) * self.heads * self.head_dim
         keys = sum(self.kv_lengths) * self.kv_heads * (self.head_dim + self.head_dim_v)
-        return size * (queries + keys)
+        return sizes.get(self.dtype, 2) * queries + sizes.get(self.kv_dtype or self.dtype, 2) * keys
 
     @property
     def plain(self) -> bool:
         """Whether it is self-attention of sequences of one length, and has no feature but a causal mask."""
         same = len({*self.q_lengths, *self.kv_lengths}) == 1 and self.heads == self.kv_heads
-        return same and self.head_dim == self.head_dim_v and not (self.packed or self.softcap or self.window)
+        features = self.packed or self.softcap or self.window or self.kv_dtype
+        return same and self.head_dim == self.head_dim_v and not features
 
     def __str__(self) -> str:
         dims = str(self.head_dim) if self.head_dim == self.head_dim_v else f"{self.head_dim}/{self.head_dim_v}"
-        words = [self.dtype, f"D{dims}"]
+        words = [self.dtype, *([f"over {self.kv_dtype}"] if self.kv_dtype else []), f"D{dims}"]
         if self.packed:
             words.append(f"packed {len(self.q_lengths)}x{min(self.q_lengths)}-{max(self.q_lengths)}")
         elif self.q_lengths == self.kv_lengths:
@@ -125,6 +128,21 @@ def features(dtype: str) -> list[Row]:
     ]
 
 
+def over_fp8() -> list[Row]:
+    """16-bit queries over FP8 keys and values: self-attention, and queries at the end of a long cache."""
+    options = {"kv_dtype": "float8_e4m3fn"}
+    return [
+        *(
+            dense("bfloat16", TOKENS // s, s, 16, 128, causal=c, **options)
+            for s, c in ((512, False), (2048, False), (2048, True), (8192, False))
+        ),
+        *(
+            dense("bfloat16", batch, 8192, 32, 128, kv_heads=8, q_lengths=(length,) * batch, **options)
+            for batch, length in ((16, 128), (64, 1))
+        ),
+    ]
+
+
 def decode(dtype: str, batch: int, kv_length: int, heads: int, kv_heads: int) -> Row:
     """One query token a sequence."""
     return dense(dtype, batch, kv_length, heads, 128, q_lengths=(1,) * batch, kv_heads=kv_heads)
@@ -139,7 +157,7 @@ SUITES = {
             *features("bfloat16"),
         )
     ),
-    "fp8": Suite(rows=(*grid("float8_e4m3fn", (64, 128, 256), LENGTHS), *features("float8_e4m3fn"))),
+    "fp8": Suite(rows=(*grid("float8_e4m3fn", (64, 128, 256), LENGTHS), *features("float8_e4m3fn"), *over_fp8())),
     "decode": Suite(
         unit="TB/s",
         rows=tuple(

@@ -30,8 +30,8 @@ def canonical(call: Call) -> tuple[Attention, Operands]:
         implementation=call.implementation,
     )
     q, k, v = (jnp.asarray(x) for x in (call.q, call.k, call.v))
-    if k.dtype != q.dtype:  # FP8, whose numbers are exact in any other dtype
-        k, v = (x.astype(q.dtype) for x in _without_gradient((k, v)))
+    if k.dtype != q.dtype:  # FP8
+        k, v = _without_gradient((k, v))
     operands = Operands(
         q=q[None] if call.packed_q else q,
         k=k[None] if call.packed_k else k,

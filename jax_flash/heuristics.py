@@ -70,6 +70,17 @@ TRANSPOSING = {(d, softcap): {"v_stages": 3} for d in HEAD_DIMS for softcap in (
 }
 """What is faster then, by head dim and whether there is a softcap: a buffer of V is longer on its way."""
 
+MOST_WIDENED = 1024
+"""Where so many queries, of all heads that share a key, or fewer see it, the kernel widens FP8 keys and values under a
+16-bit q; under a causal mask, where twice as many come. Each tile of queries widens all keys that it sees."""
+
+WIDENING: dict[int, dict[str, int | bool]] = {
+    64: {"tile_m": 128},
+    96: {"tile_m": 128, "tile_n": 128, "v_stages": 3},
+    128: {"q_stages": 1, "v_stages": 3},
+}
+"""What is faster then, by head dim: three consumers leave too few registers to the warps that widen."""
+
 SHORT_KEYS = 1024
 """Sequences of so many keys on average, or fewer, are short, and such windows."""
 
@@ -101,6 +112,7 @@ def element_bytes(element: str) -> int:
 def ranked(
     *,
     element: str,
+    kv_element: str,
     out: str,
     head_dim: int,
     head_dim_v: int,
@@ -109,20 +121,29 @@ def ranked(
     mean_queries: float,
     mean_keys: float,
     max_keys: int,
+    heads_of_kv: int,
     **features: bool,
 ) -> list[KernelSpec]:
     """The legal KernelSpecs of a call, the best first.
 
-    `mean_queries` and `mean_keys` are the average lengths of its sequences, `max_keys` is a bound of the latter;
-    `features` are further flags of KernelSpec.
+    `element` is the dtype of q, `kv_element` that of k and v; `mean_queries` and `mean_keys` are the average lengths of
+    its sequences, `max_keys` is a bound of the latter; `features` are further flags of KernelSpec.
     """
+    causal = window_right != UNBOUNDED  # half of the queries see a key
+    widens = (
+        kv_element != element
+        and head_dim % 16 == head_dim_v % 16 == 0  # as TMA wants it
+        and mean_queries * heads_of_kv <= (2 if causal else 1) * MOST_WIDENED
+    )
     fixed: dict[str, Any] = {
-        "element": element,
+        "element": "float16" if widens else element,
+        "widens": widens,
+        "converts_q": widens and element == "bfloat16",
         "out": out,
         "head_dim": padded_head_dim(head_dim),
         "head_dim_v": padded_head_dim(head_dim_v),
         "window_left": window_left != UNBOUNDED,
-        "window_right": window_right != UNBOUNDED,
+        "window_right": causal,
         **features,
     }
     size = element_bytes(element)
@@ -131,9 +152,10 @@ def ranked(
     if fixed["window_left"] and fixed["window_right"]:
         mean_keys = min(mean_keys, window_left + window_right + 1)
         max_keys = min(max_keys, window_left + window_right + 1)
-    # Under a causal mask half of the queries see a key; packed keys that come transposed share blocks with others.
-    factor = 2 if fixed["window_right"] or fixed["packed_k"] else 1
+    factor = 2 if causal or fixed["packed_k"] else 1  # packed keys that come transposed share blocks with others
     fixed["transposes"] = size == 1 and mean_keys <= factor * MOST_TRANSPOSED[dim] and head_dim_v % V_UNIT == 0
+    if widens:
+        tuned = tuned | WIDENING.get(dim, {})
     if fixed["transposes"]:
         tuned = tuned | TRANSPOSING[dim, fixed["softcap"]]
     if mean_keys <= SHORT_KEYS:
@@ -146,7 +168,7 @@ def ranked(
 def candidates(fixed: dict, tuned: dict, max_keys: int) -> Iterator[KernelSpec]:
     """Every tiling of a call whose other fields are `fixed`; what is no matter of registers is as in `tuned`."""
     is_fp8 = element_bytes(fixed["element"]) == 1
-    step = 32 if is_fp8 else 16
+    step = 32 if is_fp8 or fixed["widens"] else 16
     # A diagonal wastes half of each masked block, which narrower steps make smaller.
     widest = 256 if is_fp8 and not (fixed["window_left"] or fixed["window_right"]) else 128
     widths = {*range(step, widest + 1, step), tuned.get("tile_n", step)}
@@ -175,7 +197,8 @@ def kernel_spec(**fields: Any) -> KernelSpec:
     consumers = fields["tile_m"] // 64
     is_fp8 = element_bytes(fields["element"]) == 1
     packed = fields["packed_q"] or fields["packed_k"]
-    producer_registers, consumer_registers = register_split(consumers, registers(**fields), is_fp8 and not packed)
+    needed, dense_fp8 = registers(**fields), is_fp8 and not packed
+    producer_registers, consumer_registers = register_split(consumers, needed, dense_fp8, fields["widens"])
     follows = {
         "v_box_keys": v_box_keys(is_fp8, fields["tile_n"], fields["transposes"]),
         # Values that come transposed lie in units of 16 keys.
@@ -201,12 +224,15 @@ def with_choices(spec: KernelSpec, **choices: Any) -> KernelSpec:
     return kernel_spec(**(dataclasses.asdict(spec) | choices))
 
 
-def register_split(consumers: int, needed: int, dense_fp8: bool) -> tuple[int, int]:
+def register_split(consumers: int, needed: int, dense_fp8: bool, widens: bool) -> tuple[int, int]:
     """Registers of a producer and of a consumer thread, of the 64 K that an SM has, by what a consumer needs: of those
     that need 217 or more some spill with 232. With one consumer two CTAs share an SM. A producer of 16-bit or of packed
-    tiles spills with 24."""
+    tiles spills with 24; one that widens is faster with what is left, up to 88."""
     if consumers == 2 and dense_fp8 and needed > 216:
         return 24, 240
+    if consumers == 2 and widens:
+        consumer = max(208, min(_up(needed + 8, 8), 232))
+        return 504 - 2 * consumer, consumer
     return {1: (40, 216), 2: (40, 232), 3: (32, 160)}[consumers]
 
 
@@ -230,7 +256,7 @@ def shared_bytes(
     v = tile_n * (head_dim_v if size == 1 else _up(head_dim_v * size, _SWIZZLE_BYTES))
     total = head_dim_v * (4 if head_dim_v <= 128 else 2) if deposits else 0
     out = tile_m * max(_SWIZZLE_BYTES * min(2, -(-head_dim_v // 64)), total)
-    barriers = 16 * (q_stages * tile_m // 64 + k_stages + v_stages) + 8 * v_stages
+    barriers = 16 * q_stages * tile_m // 64 + 24 * (k_stages + v_stages)
     work = 3 * (96 + 16 * tile_m // 64)
     return _up(q_stages * q + k_stages * k + v_stages * v + out + barriers + work, 1024)
 
@@ -248,7 +274,9 @@ def registers(*, element: str, head_dim_v: int, tile_m: int, tile_n: int, **feat
 
 
 def legal(spec: KernelSpec) -> bool:
-    """Whether the tiling fits the machine."""
+    """Whether the tiling fits the machine; rows are widened by 32."""
+    if spec.widens and spec.tile_n % 32 != 0:
+        return False
     if spec.ctas_per_sm * (spec.shared_bytes + 1024) > SHARED_LIMIT + 1024:
         return False
     return registers(**dataclasses.asdict(spec)) <= spec.consumer_registers

@@ -61,7 +61,7 @@ def forward_cpu(attention: Attention, operands: Operands):
     register("cpu")
     params = Params.of(attention, operands)
     call = jax.ffi.ffi_call("jax_flash_cpu_forward", forward_result(attention, params))
-    return call(*operands, params=params_attribute(params))
+    return call(*operands.widened(), params=params_attribute(params))
 
 
 def backward_cpu(attention: Attention, operands: Operands, dout, lse, delta):
@@ -138,16 +138,16 @@ class TensorMap:
         return [self.operand, self.element_bytes, self.swizzle_bytes, *self.dims, *self.strides, *self.box]
 
 
-def _rows_map(operand: int, shape, size: int, box_rows: int) -> TensorMap:
-    """An array (groups, rows, heads, columns), in boxes of 128 bytes of `box_rows` rows of one head."""
+def _rows_map(operand: int, shape, size: int, box_rows: int, box_bytes: int = 128) -> TensorMap:
+    """An array (groups, rows, heads, columns), in boxes of `box_bytes` of `box_rows` rows of one head."""
     groups, rows, heads, columns = shape
     return TensorMap(
         operand=operand,
         element_bytes=size,
-        swizzle_bytes=128,
+        swizzle_bytes=box_bytes,
         dims=(columns, rows, heads, groups),
         strides=(heads * columns * size, columns * size, rows * heads * columns * size),
-        box=(128 // size, box_rows, 1, 1),
+        box=(box_bytes // size, box_rows, 1, 1),
     )
 
 
@@ -193,6 +193,7 @@ def kernel_specs(attention: Attention, operands: Operands) -> list[KernelSpec]:
     """The kernels that could compute a call, the best first."""
     return heuristics.ranked(
         element=operands.q.dtype.name,
+        kv_element=operands.k.dtype.name,
         out=attention.out_dtype,
         head_dim=operands.q.shape[-1],
         head_dim_v=operands.v.shape[-1],
@@ -208,6 +209,7 @@ def kernel_specs(attention: Attention, operands: Operands) -> list[KernelSpec]:
         mean_queries=math.prod(operands.q.shape[:2]) / operands.batch,
         mean_keys=math.prod(operands.k.shape[:2]) / operands.batch,
         max_keys=operands.k.shape[1],
+        heads_of_kv=operands.q.shape[2] // operands.k.shape[2],
     )
 
 
@@ -226,15 +228,21 @@ def forward_cuda(attention: Attention, operands: Operands, specs: list[KernelSpe
     register("cuda")
     spec, kernel = compile_best("forward.cu", specs or kernel_specs(attention, operands))
     params = Params.of(attention, operands)
-    size = operands.q.dtype.itemsize
-    maps = [_rows_map(0, operands.q.shape, size, 64), _rows_map(1, operands.k.shape, size, spec.tile_n)]
+    if not spec.widens:
+        operands = operands.widened()
+    size = operands.k.dtype.itemsize
+    row_bytes = 64 if spec.widens else 128
+    maps = [
+        _rows_map(0, operands.q.shape, operands.q.dtype.itemsize, 64),
+        _rows_map(1, operands.k.shape, size, spec.tile_n, row_bytes),
+    ]
     if spec.transposes:
         maps.append(_units_map(2, operands.v.shape, spec.v_box_keys, spec.head_dim_v))
-    elif size == 1:
+    elif size == 1 and not spec.widens:
         operands = operands._replace(v=transpose_fp8_values(operands.v))
         maps.append(_columns_map(2, operands.v.shape, spec.v_box_keys, spec.head_dim_v))
     else:
-        maps.append(_rows_map(2, operands.v.shape, size, spec.v_box_keys))
+        maps.append(_rows_map(2, operands.v.shape, size, spec.v_box_keys, row_bytes))
     results = forward_result(attention, params)
     if results[0].dtype.itemsize == 2:
         maps.append(_rows_map(len(operands), results[0].shape, 2, 16))

@@ -84,9 +84,9 @@ class Operands(NamedTuple):
     q: Any
     """(G, Sq, H, D): float16, bfloat16, float32 or float8_e4m3fn."""
     k: Any
-    """(G', Sk, Hk, D), the dtype of q."""
+    """(G', Sk, Hk, D), the dtype of q or float8_e4m3fn."""
     v: Any
-    """(G', Sk, Hk, Dv), the dtype of q."""
+    """(G', Sk, Hk, Dv), the dtype of k."""
     scale: Any
     """float32 (B or 1, H or 1): softmax scale times the descales of q and k; a score is scale * (q . k)."""
     v_scale: Any
@@ -105,6 +105,10 @@ class Operands(NamedTuple):
     def has(self, name: str) -> bool:
         """Whether the operand of that name is present."""
         return getattr(self, name).size > 0
+
+    def widened(self) -> Operands:
+        """The same with k and v in the dtype of q: numbers of FP8 are exact in any other."""
+        return self._replace(k=self.k.astype(self.q.dtype), v=self.v.astype(self.q.dtype))
 
     @property
     def batch(self) -> int:
@@ -174,7 +178,11 @@ class KernelSpec:
     """
 
     element: str
-    """Dtype of q, k and v."""
+    """Dtype of what is multiplied: that of q, k and v, or float16 where k and v are widened."""
+    widens: bool
+    """Whether k and v are FP8 under a 16-bit q, and two warps of the producer widen them."""
+    converts_q: bool
+    """Whether q is bfloat16 then, and consumers convert it."""
     out: str
     """Dtype of the output."""
     head_dim: int

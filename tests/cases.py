@@ -286,6 +286,16 @@ LONG += [
     Case(id="long-sections", q_lens=(1200,) * 2, k_lens=(1500,) * 2, heads=13, kv_heads=13, head_dim=128, causal=True),
 ]
 
+LONG += [
+    Case(id=f"long-{name}-over-fp8", dtype=dtype, kv_dtype="float8_e4m3fn", descales="head", **_LONG[layout], **more)
+    for name, dtype, layout, more in (
+        ("dense", "bfloat16", "dense", {"head_dim": 128, "causal": True, "softmax_scale": -0.2}),
+        ("packed", "float16", "packed", {"head_dim": 64, "causal": True}),
+        ("window", "bfloat16", "packed", {"head_dim": 256, "head_dim_v": 192, "window_size": (333, 40), "sinks": True}),
+        ("softcap", "bfloat16", "dense", {"head_dim": 96, "softcap": 4.0, "softmax_scale": 0.2}),
+    )
+]
+
 SCALES = [
     Case(id=f"{dtype}-scale-{scale}", dtype=dtype, softmax_scale=scale, causal=True, k_lens=(150, 150, 150), **more)
     for dtype, scale, more in (

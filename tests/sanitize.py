@@ -42,20 +42,22 @@ CASES = [
     Case(id="fp8-long-wide", dtype="float8_e4m3fn", head_dim=256, causal=True, q_lens=(150, 150), k_lens=(2500, 2500)),
     Case(id="fp8-packed", dtype="float8_e4m3fn", head_dim=64, descales="head", **PACKED),
     Case(id="negative-scale", head_dim=64, softmax_scale=-0.1),
-    *(case for case in LONG if "window-softcap-sinks" in case.id),
+    *(case for case in LONG if "window-softcap-sinks" in case.id or case.kv_dtype),
 ]
 
 
-def nonsense() -> dict:
-    """Arguments whose index arrays lead outside every array."""
+def nonsense() -> list[dict]:
+    """Arguments whose index arrays lead outside every array; and with one array for both sides."""
     arguments = Case(id="nonsense", head_dim=64, dtype="float8_e4m3fn", **PACKED).arguments()
     arguments["cu_seqlens_q"] = np.array([INT_MIN, INT_MAX, -5, 40, INT_MAX], np.int32)
     arguments["cu_seqlens_k"] = np.array([INT_MAX, 12, INT_MIN, 10**6, -1], np.int32)
     arguments["seqused_q"] = arguments["seqused_k"] = np.array([INT_MAX, INT_MIN, 3, INT_MAX], np.int32)
-    return arguments
+    one = jax.numpy.asarray(arguments["cu_seqlens_q"])
+    return [arguments, arguments | {"cu_seqlens_q": one, "cu_seqlens_k": one}]
 
 
 if __name__ == "__main__":
-    for arguments in [*(case.arguments() for case in CASES), nonsense()]:
+    calls = [*(case.arguments() for case in CASES), *nonsense()]
+    for arguments in calls:
         jax.block_until_ready(run(arguments, implementation="cuda"))
-    print(f"{len(CASES) + 1} calls ran")
+    print(f"{len(calls)} calls ran")

@@ -150,6 +150,21 @@ def test_nonsense_cu_seqlens_of_long_sequences(kernel, cu_seqlens):
     check(arguments, *run(arguments, implementation=kernel))
 
 
+@pytest.mark.parametrize("cu_seqlens", [[0, 20, 40, 53], *NONSENSE.values()], ids=["valid", *NONSENSE])
+@pytest.mark.parametrize("used", [{}, {"seqused_q": [15, 30, 9], "seqused_k": [20, 4, 13]}], ids=["all", "used"])
+def test_one_array_that_cuts_both_sides_gives_the_same_bits(kernel, cu_seqlens, used):
+    """Kernels know then that keys lie where queries do, though they may be used to another length."""
+    lens = {"q_lens": (20, 20, 13), "k_lens": (20, 20, 13), "tail": 0}
+    arguments = Case(id="self", dtype="float16", causal=True, packed_q=True, packed_k=True, **lens).arguments()
+    arguments |= {name: np.array(lengths, np.int32) for name, lengths in used.items()}
+    arguments["cu_seqlens_q"] = arguments["cu_seqlens_k"] = jnp.asarray(cu_seqlens, jnp.int32)
+    one = run(arguments, implementation=kernel)
+    arguments["cu_seqlens_k"] = np.asarray(arguments["cu_seqlens_q"])
+    two = run(arguments, implementation=kernel)
+    jax.tree.map(np.testing.assert_array_equal, one, two)
+    check(arguments, *two)
+
+
 @pytest.mark.parametrize("packed", [False, True])
 @pytest.mark.parametrize("seqused", [(-1, INT_MAX, 5), (INT_MIN, 0, 10**6)])
 def test_nonsense_seqused(kernel, packed, seqused):

@@ -44,6 +44,8 @@ def test_flops_are_those_of_the_pairs_seen(causal, window):
 def test_bytes_are_those_of_the_inputs():
     row = dense("float16", 2, 70, 6, 32, kv_heads=3, head_dim_v=40, q_lengths=(5, 5))
     assert row.bytes == 2 * 2 * (5 * 6 * 32 + 70 * 3 * (32 + 40))
+    row = dataclasses.replace(row, kv_dtype="float8_e4m3fn")
+    assert row.bytes == 2 * (2 * 5 * 6 * 32 + 70 * 3 * (32 + 40))
 
 
 @pytest.mark.parametrize("name", SUITES)
@@ -70,6 +72,17 @@ def test_v_quantised_in_the_jit_gives_the_same():
         libraries.prepare(name, SMALL_FP8)[0]() for name in ("jax_flash", "jax_flash, V quantised in the jit")
     )
     np.testing.assert_array_equal(np.asarray(before, np.float32), np.asarray(in_the_jit, np.float32))
+
+
+def test_fp8_keys_are_compared_with_those_of_the_dtype_of_q():
+    row = dataclasses.replace(SMALL, kv_dtype="float8_e4m3fn")
+    assert [x.dtype.name for x in libraries.input_sets(row)[0]] == ["bfloat16", "float8_e4m3fn", "float8_e4m3fn"]
+    ours, of_one_dtype = (
+        libraries.prepare(name, row)[0]() for name in ("jax_flash", "jax_flash, k and v in the dtype of q")
+    )
+    np.testing.assert_array_equal(np.asarray(ours, np.float32), np.asarray(of_one_dtype, np.float32))
+    with pytest.raises(libraries.Refusal, match="one dtype"):
+        libraries.ours_of_one_dtype(SMALL)
 
 
 @pytest.mark.parametrize(

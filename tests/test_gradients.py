@@ -31,7 +31,7 @@ CASES = [
 ]
 
 
-WEIGHTINGS = 8
+WEIGHTINGS = 16
 """Random sums of out and lse that are differentiated: enough for the error of a scalar's gradient to have a size."""
 
 

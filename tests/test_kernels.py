@@ -29,12 +29,20 @@ def of_case(case: Case) -> list[KernelSpec]:
 
 
 def of_grid(
-    element: str, head_dim: int, head_dim_v: int, window: str, features: tuple[str, ...], length: int = 100
+    element: str,
+    head_dim: int,
+    head_dim_v: int,
+    window: str,
+    features: tuple[str, ...],
+    length: int = 100,
+    kv_element: str | None = None,
+    heads_of_kv: int = 1,
 ) -> list[KernelSpec]:
     """The kernels of a combination, the best first."""
     left, right = WINDOWS[window]
     return heuristics.ranked(
         element=element,
+        kv_element=kv_element or element,
         out=OUT[element],
         head_dim=head_dim,
         head_dim_v=head_dim_v,
@@ -43,6 +51,7 @@ def of_grid(
         mean_queries=length,
         mean_keys=length,
         max_keys=length,
+        heads_of_kv=heads_of_kv,
         **{name: name in features for name in FEATURES},
     )
 
@@ -66,6 +75,9 @@ def kernels():
     ):
         name = f"{element}-d{head_dim}-{window}-{'everything' if features else 'plain'}"
         asked.append((name, of_grid(element, head_dim, head_dim, window, features, length)))
+    for head_dim, (window, features) in zip(heuristics.HEAD_DIMS, itertools.cycle(combinations), strict=False):
+        specs = of_grid("bfloat16", head_dim, head_dim, window, features, kv_element="float8_e4m3fn")
+        asked.append((f"over-fp8-d{head_dim}", specs))
     asked.append(("fp8-tiny", of_grid("float8_e4m3fn", 128, 128, "full", ("packed_q", "packed_k"), 50)))
     # Where the first choice is known to spill.
     for head_dim, window, features in (
@@ -158,6 +170,23 @@ def test_only_packed_fp8_keys_that_come_transposed_are_aligned():
     assert of_grid("float8_e4m3fn", 64, 64, "full", FEATURES)[0].key_alignment == 1
     assert of_grid("float8_e4m3fn", 64, 64, "full", ())[0].key_alignment == 1
     assert of_grid("bfloat16", 64, 64, "full", FEATURES)[0].key_alignment == 1
+
+
+@pytest.mark.parametrize(
+    ("queries", "heads_of_kv", "window", "head_dim", "widens"),
+    [
+        *((1024, 1, "full", 128, True), (256, 4, "full", 128, True), (257, 4, "full", 128, False)),
+        *((2048, 1, "causal", 64, True), (2049, 1, "causal", 64, False)),
+        (100, 1, "full", 72, False),  # rows that TMA does not take
+    ],
+)
+def test_kernels_widen_fp8_keys_that_few_queries_see(queries, heads_of_kv, window, head_dim, widens):
+    options = {"length": queries, "kv_element": "float8_e4m3fn", "heads_of_kv": heads_of_kv}
+    for element in ("bfloat16", "float16"):
+        spec = of_grid(element, head_dim, head_dim, window, (), **options)[0]
+        assert spec.widens == widens
+        assert spec.element == ("float16" if widens else element)
+        assert spec.converts_q == (widens and element == "bfloat16")
 
 
 def test_source_expands_each_include_once():

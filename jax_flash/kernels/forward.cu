@@ -97,21 +97,23 @@ extern "C" __global__ void __launch_bounds__(kThreads, spec::kCtasPerSm)
   if (warpgroup == 0) {
     shrink_registers<spec::kProducerRegisters>();
     if (warp == 0) find_tiles(shared, operands, params, order);
-    if constexpr (spec::kTransposes) {
-      // Two warps transpose, so keys and values are loaded by two lanes of one, which do not wait for each other.
+    if constexpr (kPreparers == 2) {
+      // So keys and values are loaded by two lanes of one warp, which do not wait for each other.
       if (warp == 1) {
         if (lane_index() == 0) {
           KeyLoader(shared, maps).run();
         } else if (lane_index() == kWarpSize / 2) {
           ValueLoader(shared, maps, params).run();
         }
+      } else if (spec::kWidens && warp == 2) {
+        prepare_keys(shared);
       } else if (warp >= 2) {
-        Preparer(shared, warp - 2).run();
+        ValuePreparer(shared, spec::kWidens ? 0 : warp - 2).run();
       }
     } else {
       if (warp == 1 && lane_index() == 0) KeyLoader(shared, maps).run();
       if (warp == 2 && lane_index() == 0) ValueLoader(shared, maps, params).run();
-      if (kPrepares && warp == 3) Preparer(shared, 0).run();
+      if (kPreparers > 0 && warp == 3) ValuePreparer(shared, 0).run();
     }
   } else {
     grow_registers<spec::kConsumerRegisters>();

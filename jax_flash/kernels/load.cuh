@@ -11,11 +11,16 @@
 
 namespace jax_flash {
 
-// Rows of K or V into shared memory.
-__device__ __forceinline__ void load_rows(const TensorMap& map, Barrier& barrier, u8* destination, int column_blocks,
-                                          int row, int kv_head, int kv_group) {
-  for (int i = 0; i < column_blocks; ++i) {
-    tma_load(destination + i * spec::kTileN * kSwizzleBytes, map, barrier, i * kBlockColumns, row, kv_head, kv_group);
+// Rows of K or V into a buffer of shared memory; those to be widened into its second half.
+template <int kColumnBlocks>
+__device__ __forceinline__ void load_rows(const TensorMap& map, Barrier& barrier, u8* buffer, int row, int kv_head,
+                                          int kv_group) {
+  constexpr int kBlockBytes = spec::kTileN * (spec::kWidens ? kSwizzleBytes / 2 : kSwizzleBytes);
+  constexpr int kBytes = kColumnBlocks * kBlockBytes;
+  barrier.arrive_expect(kBytes);
+  u8* destination = buffer + (spec::kWidens ? kBytes : 0);
+  for (int i = 0; i < kColumnBlocks; ++i) {
+    tma_load(destination + i * kBlockBytes, map, barrier, i * kBlockColumns, row, kv_head, kv_group);
   }
 }
 
@@ -45,9 +50,9 @@ class KeyLoader {
     for (int block = last; block >= begin; --block) {
       Pipe& pipe = shared_.k_pipe[ring_.slot];
       pipe.empty.wait(ring_.phase ^ 1);
+      Barrier& barrier = spec::kWidens ? shared_.k_landed[ring_.slot] : pipe.full;
       const int row = first_row_of(work.tile, block);
-      pipe.full.arrive_expect(kKBytes);
-      load_rows(maps_.k, pipe.full, shared_.k[ring_.slot], kQkBlocks, row, kv_head, kv_group);
+      load_rows<kQkBlocks>(maps_.k, barrier, shared_.k[ring_.slot], row, kv_head, kv_group);
       ring_.advance();
       if (spec::kQStages == 1 && block == last) load_q(work.tile);
     }
@@ -99,7 +104,7 @@ class ValueLoader {
     const int kv_group = work.tile.kv_group;
     shared_.v_pipe[slot].empty.wait(ring_.phase ^ 1);
     Barrier& barrier = prepares(work.tile, block) ? shared_.v_landed[slot] : shared_.v_pipe[slot].full;
-    barrier.arrive_expect(kVBytes);
+    if constexpr (kFp8) barrier.arrive_expect(kVBytes);
     if constexpr (spec::kTransposes) {
       // All units of 32 keys at once: those of one head and of the next follow each other.
       const int first_unit = kv_head * (params_.head_dim_v / kVUnit);
@@ -111,7 +116,7 @@ class ValueLoader {
         tma_load(shared_.v[slot] + key * spec::kHeadDimV, maps_.v, barrier, row + key, 0, kv_head, kv_group);
       }
     } else {
-      load_rows(maps_.v, barrier, shared_.v[slot], kVBlocks, row, kv_head, kv_group);
+      load_rows<kVBlocks>(maps_.v, barrier, shared_.v[slot], row, kv_head, kv_group);
     }
     ring_.advance();
   }

@@ -143,7 +143,11 @@ class Consumer {
 
   __device__ __forceinline__ void wait_q() {
     shared_.q_pipe[q_ring_.slot][warpgroup_].full.wait(q_ring_.phase);
-    if (scale_ < 0.0f) negate_q();
+    if constexpr (spec::kConvertsQ) rewrite_q(float16_of_bfloat16);
+    if (scale_ < 0.0f) {
+      // The largest score would be the smallest: those of -Q with its absolute value are the same.
+      rewrite_q([](u32 word) { return word ^ (kFp8 ? 0x80808080u : 0x80008000u); });
+    }
   }
 
   __device__ __forceinline__ void release_q() {
@@ -359,12 +363,12 @@ class Consumer {
     store_blind_rows(*work_, params_, operands_, first_row() + warp() * kWarpRows, kWarpRows);
   }
 
-  // A negative scale would make the largest score the smallest: the scores of -Q with its absolute value are the same.
-  __device__ __forceinline__ void negate_q() {
-    constexpr u32 kSigns = kFp8 ? 0x80808080u : 0x80008000u;
+  // Changes this warpgroup's Q in shared memory, word by word.
+  template <typename Change>
+  __device__ __forceinline__ void rewrite_q(Change change) {
     u32* words = reinterpret_cast<u32*>(shared_.q[q_ring_.slot][warpgroup_]);
 #pragma unroll 1
-    for (int i = threadIdx.x % kWarpgroupSize; i < kQBytes / 4; i += kWarpgroupSize) words[i] ^= kSigns;
+    for (int i = threadIdx.x % kWarpgroupSize; i < kQBytes / 4; i += kWarpgroupSize) words[i] = change(words[i]);
     fence_shared_for_async();
     named_sync(kWarpgroupBarrier + warpgroup_, kWarpgroupSize);
   }

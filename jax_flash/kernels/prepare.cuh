@@ -1,5 +1,6 @@
-// Prepare: what is done to values between TMA and the tensor cores. FP8 ones may have to be transposed; and what those
-// of unused keys hold, NaN perhaps, must not meet the tensor cores.
+// Prepare: what is done to keys and values between TMA and the tensor cores. FP8 values may have to be transposed, and
+// under a 16-bit Q both be widened; and what the values of unused keys hold, NaN perhaps, must not meet the tensor
+// cores.
 #pragma once
 
 #include "hopper/barrier.cuh"
@@ -14,7 +15,7 @@ namespace jax_flash {
 // Zeroes the values of keys outside [first, last) of a block in shared memory: their probability is 0, but 0 * NaN is
 // NaN, and they may belong to another sequence. Each warp does so in its units.
 __device__ __forceinline__ void clear_values(u8* v, int first, int last, int warp) {
-  for (int unit = warp; unit < kVUnits; unit += kPreparers) {
+  for (int unit = warp; unit < kVUnits; unit += kVPreparers) {
     for (int i = unit * kUnitVectors + lane_index(); i < (unit + 1) * kUnitVectors; i += kWarpSize) {
       if constexpr (kFp8) {
         // 16 bytes hold 16 keys of one column, word q the keys 2q, 2q + 1, 2q + 8, 2q + 9; swizzling moves whole ones.
@@ -52,7 +53,7 @@ __device__ __forceinline__ void transpose_values(u8* v, int warp) {
   const int from = lane * kVUnit + lane / 4 % 2 * 16;
   const int to = column * kVUnit + (lane / 8 % 2 ^ column / 4 % 2) * 16;
 #pragma unroll 1
-  for (u8* unit = v + warp * kUnitBytes; unit < v + kVBytes; unit += kPreparers * kUnitBytes) {
+  for (u8* unit = v + warp * kUnitBytes; unit < v + kVBytes; unit += kVPreparers * kUnitBytes) {
     u32 words[2][4];  // of 16 columns each
 #pragma unroll
     for (int half = 0; half < 2; ++half) load_matrices_transposed(words[half], unit + (from ^ half * 16));
@@ -66,10 +67,65 @@ __device__ __forceinline__ void transpose_values(u8* v, int warp) {
   }
 }
 
-// A warp between the loader of V and the consumers.
-class Preparer {
+// Widens rows of 64 FP8 columns, which lie in the second half of a buffer, into the whole of it: [row][64 bytes] become
+// [row][128 bytes], each swizzled. What is written never overtakes what is still to be read, for the rows of a unit are
+// all read before. Eight lanes that access memory together are eight rows, which lie in different banks either way.
+template <int kBytes>
+__device__ __forceinline__ void widen_rows(u8* buffer) {
+  constexpr int kRowBytes = kSwizzleBytes / 2;
+  // Many reads at a time hide their latency, if there are registers for what they bring.
+  constexpr int kUnitRows = spec::kProducerRegisters >= 64 && kBytes % (64 * kSwizzleBytes) == 0 ? 64 : 32;
+  static_assert(!spec::kWidens || kBytes % (kUnitRows * kSwizzleBytes) == 0, "whole units");
+  const int row = lane_index() % 8;
+  const int vector = lane_index() / 8;
+  const u8* from = buffer + kBytes / 2 + row * kRowBytes + (vector ^ row / 2) * 16;
+  u8* to = buffer + row * kSwizzleBytes;
+  const int low = (2 * vector ^ row) * 16;
+#pragma unroll 1
+  for (int unit = 0; unit < kBytes / (kUnitRows * kSwizzleBytes); ++unit) {
+    uint4 narrow[kUnitRows / 8];
+#pragma unroll
+    for (int i = 0; i < kUnitRows / 8; ++i) narrow[i] = *reinterpret_cast<const uint4*>(from + i * 8 * kRowBytes);
+    __syncwarp();
+#pragma unroll
+    for (int i = 0; i < kUnitRows / 8; ++i) {
+      const uint4 x = narrow[i];
+      u8* wide = to + i * 8 * kSwizzleBytes;
+      *reinterpret_cast<uint4*>(wide + low) = uint4{widen2(x.x), widen2(x.x >> 16), widen2(x.y), widen2(x.y >> 16)};
+      *reinterpret_cast<uint4*>(wide + (low ^ 16)) =
+          uint4{widen2(x.z), widen2(x.z >> 16), widen2(x.w), widen2(x.w >> 16)};
+    }
+    from += kUnitRows * kRowBytes;
+    to += kUnitRows * kSwizzleBytes;
+  }
+}
+
+// This warp has prepared what the buffer holds.
+__device__ __forceinline__ void hand_over(Pipe& pipe) {
+  fence_shared_for_async();
+  __syncwarp();
+  if (lane_index() == 0) pipe.full.arrive();
+}
+
+// The warp between the loader of K and the consumers: widens all keys.
+__device__ __forceinline__ void prepare_keys(SharedStorage& shared) {
+  Ring<spec::kKStages> ring;
+  each_work(shared, [&](Work& work) {
+#pragma unroll 1
+    for (int block = work.blocks.end - 1; block >= work.blocks.begin; --block) {
+      shared.k_landed[ring.slot].wait(ring.phase);
+      widen_rows<kKBytes>(shared.k[ring.slot]);
+      hand_over(shared.k_pipe[ring.slot]);
+      ring.advance();
+    }
+    work.release();
+  });
+}
+
+// A warp between the loader of V and the consumers, one of kVPreparers.
+class ValuePreparer {
  public:
-  __device__ __forceinline__ Preparer(SharedStorage& shared, int warp) : shared_(shared), warp_(warp) {}
+  __device__ __forceinline__ ValuePreparer(SharedStorage& shared, int warp) : shared_(shared), warp_(warp) {}
 
   __device__ __forceinline__ void run() {
     each_work(shared_, [&](Work& work) {
@@ -88,14 +144,13 @@ class Preparer {
     shared_.v_landed[slot].wait(phases_ >> slot & 1);
     phases_ ^= 1 << slot;
     if constexpr (spec::kTransposes) transpose_values(shared_.v[slot], warp_);
+    if constexpr (spec::kWidens) widen_rows<kVBytes>(shared_.v[slot]);
     if (clears(tile, block)) {
       const int first = first_key_in(tile, block);
       __syncwarp();
       clear_values(shared_.v[slot], first, first + tile.kv_len, warp_);
     }
-    fence_shared_for_async();
-    __syncwarp();
-    if (lane_index() == 0) shared_.v_pipe[slot].full.arrive();
+    hand_over(shared_.v_pipe[slot]);
   }
 
   SharedStorage& shared_;

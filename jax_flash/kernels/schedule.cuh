@@ -169,19 +169,26 @@ class PackedSchedule {
   int chunk_tiles_ = 0;  // and the tiles before it
 };
 
+// Whether one array cuts queries and keys, as in self-attention.
+__device__ __forceinline__ bool cut_alike(const Operands& operands, const Params& params) {
+  return spec::kPackedQ && spec::kPackedK && operands.cu_seqlens_q == operands.cu_seqlens_k &&
+         opaque(params.q_groups) == params.kv_groups && opaque(params.q_rows) == params.kv_rows;
+}
+
 // The used lengths of the tile's sequence, and where its keys lie.
 __device__ __forceinline__ void find_keys(Tile& tile, const Operands& operands, const Params& params) {
   const int sequence = tile.sequence;
-  if (spec::kSequsedQ && sequence >= 0 && lane_index() == 0) {
-    tile.q_len = clamp(__ldg(operands.seqused_q + sequence), 0, tile.q_len);
-  }
   int kv_group = 0;
   int kv_row = 0;
   int kv_len = 0;
   if (sequence >= 0) {
     kv_group = sequence;
     kv_len = params.kv_rows;
-    if constexpr (spec::kPackedK) {
+    if (cut_alike(operands, params)) {
+      kv_group = tile.q_group;
+      kv_row = tile.q_row - tile.q_index;
+      kv_len = tile.q_len;
+    } else if constexpr (spec::kPackedK) {
       const int sequences = opaque(params.batch) / params.kv_groups;
       kv_group = sequence / sequences;
       const int in_group = sequence - kv_group * sequences;
@@ -191,7 +198,9 @@ __device__ __forceinline__ void find_keys(Tile& tile, const Operands& operands, 
     }
     if constexpr (spec::kSequsedK) kv_len = clamp(__ldg(operands.seqused_k + sequence), 0, kv_len);
   }
+  __syncwarp();
   if (lane_index() == 0) {
+    if (spec::kSequsedQ && sequence >= 0) tile.q_len = clamp(__ldg(operands.seqused_q + sequence), 0, tile.q_len);
     tile.kv_group = kv_group;
     tile.kv_row = kv_row;
     tile.kv_len = kv_len;

@@ -50,10 +50,10 @@ constexpr bool kClears = spec::kPackedK || spec::kSequsedK;
 // Whether values of a block are cleared, and whether a warp has anything to do with them before the tensor cores may.
 __device__ __forceinline__ bool clears(const Tile& tile, int block) { return kClears && at_edge(tile, block); }
 __device__ __forceinline__ bool prepares(const Tile& tile, int block) {
-  return spec::kTransposes || clears(tile, block);
+  return spec::kTransposes || spec::kWidens || clears(tile, block);
 }
-constexpr bool kPrepares = spec::kTransposes || kClears;
-constexpr int kPreparers = spec::kTransposes ? 2 : 1;  // warps that do so
+constexpr int kVPreparers = spec::kTransposes ? 2 : 1;                                // warps that do so, together;
+constexpr int kPreparers = spec::kTransposes || spec::kWidens ? 2 : kClears ? 1 : 0;  // and those of K too
 
 // Values are prepared in units: those to be transposed in boxes of as many keys as columns, others all at once.
 constexpr int kVUnit = 32;
@@ -105,13 +105,14 @@ struct alignas(1024) SharedStorage {
   Pipe q_pipe[spec::kQStages][kConsumers];
   Pipe k_pipe[spec::kKStages];
   Pipe v_pipe[spec::kVStages];
-  Barrier v_landed[spec::kVStages];  // instead of `full`, where values must be prepared first
+  Barrier k_landed[spec::kKStages];  // instead of `full`, where keys or values must be prepared first
+  Barrier v_landed[spec::kVStages];
   Work work[kWorkSlots];
 
   __device__ __forceinline__ void init() {
     for (int slot = 0; slot < kWorkSlots; ++slot) {
       work[slot].pipe.full.init(kConsumers);  // each lane that wrote `of_warpgroup`
-      work[slot].pipe.empty.init((kConsumerWarps + (kPrepares ? kPreparers : 0)) * kWarpSize);
+      work[slot].pipe.empty.init((kConsumerWarps + kPreparers) * kWarpSize);
       work[slot].located.init(1);
     }
     for (int stage = 0; stage < spec::kQStages; ++stage) {
@@ -121,9 +122,10 @@ struct alignas(1024) SharedStorage {
     }
     for (int stage = 0; stage < spec::kKStages; ++stage) {
       k_pipe[stage].init(kConsumerWarps);
+      k_landed[stage].init(1);
     }
     for (int stage = 0; stage < spec::kVStages; ++stage) {
-      v_pipe[stage].init(kConsumerWarps, kPreparers);
+      v_pipe[stage].init(kConsumerWarps, kVPreparers);
       v_landed[stage].init(1);
     }
   }

@@ -60,6 +60,18 @@ __device__ __forceinline__ u32 pack4_e4m3(float a, float b, float c, float d) {
   return packed;
 }
 
+// Two bfloat16 into two float16, infinite from 65520 on.
+__device__ __forceinline__ u32 float16_of_bfloat16(u32 pair) {
+  return pack2<Float16>(__uint_as_float(pair << 16), __uint_as_float(pair & 0xffff0000u));
+}
+
+// Two e4m3 into two float16: those in the lower half of a word.
+__device__ __forceinline__ u32 widen2(u32 narrow) {
+  u32 wide;
+  asm("cvt.rn.f16x2.e4m3x2 %0, %1;" : "=r"(wide) : "h"(static_cast<u16>(narrow)));
+  return wide;
+}
+
 // Four of the eight bytes of two words: hex digit i of the selector tells which one byte i is.
 __device__ __forceinline__ u32 pick_bytes(u32 low, u32 high, u32 selector) {
   u32 bytes;
