@@ -12,39 +12,42 @@
 
 namespace jax_flash {
 
+// The bytes 0, 1, 2 and 3 of a word that the bits 0, 1, 8 and 9 keep.
+__device__ __forceinline__ u32 kept_bytes(u32 bits) {
+  const u32 four = (bits & 0x3) | (bits >> 6 & 0xc);
+  return (four * 0x00204081u & 0x01010101u) * 0xffu;
+}
+
 // Zeroes the values of keys outside [first, last) of a block in shared memory: their probability is 0, but 0 * NaN is
-// NaN, and they may belong to another sequence. Each warp does so in its units.
-__device__ __forceinline__ void clear_values(u8* v, int first, int last, int warp) {
-  for (int unit = warp; unit < kVUnits; unit += kVPreparers) {
-    for (int i = unit * kUnitVectors + lane_index(); i < (unit + 1) * kUnitVectors; i += kWarpSize) {
-      if constexpr (kFp8) {
-        // 16 bytes hold 16 keys of one column, word q the keys 2q, 2q + 1, 2q + 8, 2q + 9; swizzling moves whole ones.
-        constexpr int kVectors = spec::kVBoxKeys / 16;
-        const int vector = i % kVectors ^ i / 8 % kVectors;
-        const int key = i / (kVectors * spec::kHeadDimV) * spec::kVBoxKeys + vector * 16;
-        if (key >= first && key + 16 <= last) continue;
-        u32* words = reinterpret_cast<u32*>(v + i * 16);
-        for (int q = 0; q < 4; ++q) {
-          u32 keep = 0;
-          for (int byte = 0; byte < 4; ++byte) {
-            const int of_byte = key + 2 * q + byte % 2 + byte / 2 * 8;
-            if (of_byte >= first && of_byte < last) keep |= 0xffu << 8 * byte;
-          }
-          words[q] &= keep;
-        }
-      } else {
-        // Swizzling stays within a row, and a row is one key.
-        const int key = i / (kSwizzleBytes / 16) % spec::kTileN;
-        if (key < first || key >= last) reinterpret_cast<uint4*>(v)[i] = uint4{0, 0, 0, 0};
-      }
+// NaN, and they may belong to another sequence.
+__device__ __forceinline__ void clear_values(u8* v, int first, int last) {
+  auto low_bits = [](int count) { return (1u << max(0, min(count, 16))) - 1; };
+  for (int i = lane_index(); i < kVBytes / 16; i += kWarpSize) {
+    uint4& vector = reinterpret_cast<uint4*>(v)[i];
+    if constexpr (kFp8) {
+      // 16 bytes hold 16 keys of one column, word q the keys 2q, 2q + 1, 2q + 8, 2q + 9; swizzling moves whole ones.
+      constexpr int kVectors = spec::kVBoxKeys / 16;
+      const int within = i % kVectors ^ i / 8 % kVectors;
+      const int key = i / (kVectors * spec::kHeadDimV) * spec::kVBoxKeys + within * 16;
+      if (key >= first && key + 16 <= last) continue;
+      const u32 kept = low_bits(last - key) & ~low_bits(first - key);
+      vector.x &= kept_bytes(kept);
+      vector.y &= kept_bytes(kept >> 2);
+      vector.z &= kept_bytes(kept >> 4);
+      vector.w &= kept_bytes(kept >> 6);
+    } else {
+      // Swizzling stays within a row, and a row is one key.
+      const int key = i / (kSwizzleBytes / 16) % spec::kTileN;
+      if (key < first || key >= last) vector = uint4{0, 0, 0, 0};
     }
   }
 }
 
 // Transposes FP8 values, in place and by units of 32 keys and columns: [key][32 bytes] become [column][32 bytes],
 // within 16 keys in the order of P's registers. Bytes move in pairs of columns, which lanes then part; half of the
-// lanes store even columns while the others store odd ones, for these lie in other banks. Each warp takes its units.
-__device__ __forceinline__ void transpose_values(u8* v, int warp) {
+// lanes store even columns while the others store odd ones, for these lie in other banks. Each warp takes its units. On
+// the way `clear` zeroes the values of keys outside [first, last), as clear_values does.
+__device__ __forceinline__ void transpose_values(u8* v, int warp, bool clear, int first, int last) {
   const int lane = lane_index();
   const bool even_first = lane < 16;
   const u32 selectors[2] = {even_first ? 0x6420u : 0x7531u, even_first ? 0x7531u : 0x6420u};
@@ -53,10 +56,21 @@ __device__ __forceinline__ void transpose_values(u8* v, int warp) {
   const int from = lane * kVUnit + lane / 4 % 2 * 16;
   const int to = column * kVUnit + (lane / 8 % 2 ^ column / 4 % 2) * 16;
 #pragma unroll 1
-  for (u8* unit = v + warp * kUnitBytes; unit < v + kVBytes; unit += kVPreparers * kUnitBytes) {
+  for (u8* unit = v + warp * kVUnitBytes; unit < v + kVBytes; unit += kVPreparers * kVUnitBytes) {
     u32 words[2][4];  // of 16 columns each
 #pragma unroll
     for (int half = 0; half < 2; ++half) load_matrices_transposed(words[half], unit + (from ^ half * 16));
+    if (clear) {
+      // Word m holds two columns of each of two keys.
+      auto is_kept = [&](int key) { return key >= first && key < last; };
+      const int key = static_cast<int>(unit - v) / (kVUnit * spec::kHeadDimV) * kVUnit + lane % 4 * 2;
+#pragma unroll
+      for (int m = 0; m < 4; ++m) {
+        const u32 keep = (is_kept(key + 8 * m) ? 0xffffu : 0) | (is_kept(key + 8 * m + 1) ? 0xffff0000u : 0);
+        words[0][m] &= keep;
+        words[1][m] &= keep;
+      }
+    }
 #pragma unroll
     for (int half = 0; half < 2; ++half) {
       const u32(&x)[4] = words[half];
@@ -143,12 +157,17 @@ class ValuePreparer {
     const int slot = ring_.slot;
     shared_.v_landed[slot].wait(phases_ >> slot & 1);
     phases_ ^= 1 << slot;
-    if constexpr (spec::kTransposes) transpose_values(shared_.v[slot], warp_);
-    if constexpr (spec::kWidens) widen_rows<kVBytes>(shared_.v[slot]);
-    if (clears(tile, block)) {
-      const int first = first_key_in(tile, block);
-      __syncwarp();
-      clear_values(shared_.v[slot], first, first + tile.kv_len, warp_);
+    const bool clear = clears(tile, block);
+    const int first = first_key_in(tile, block);
+    const int last = first + tile.kv_len;
+    if constexpr (spec::kTransposes) {
+      transpose_values(shared_.v[slot], warp_, clear, first, last);
+    } else {
+      if constexpr (spec::kWidens) {
+        widen_rows<kVBytes>(shared_.v[slot]);
+        __syncwarp();
+      }
+      if (clear) clear_values(shared_.v[slot], first, last);
     }
     hand_over(shared_.v_pipe[slot]);
   }

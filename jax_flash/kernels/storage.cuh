@@ -55,12 +55,10 @@ __device__ __forceinline__ bool prepares(const Tile& tile, int block) {
 constexpr int kVPreparers = spec::kTransposes ? 2 : 1;                                // warps that do so, together;
 constexpr int kPreparers = spec::kTransposes || spec::kWidens ? 2 : kClears ? 1 : 0;  // and those of K too
 
-// Values are prepared in units: those to be transposed in boxes of as many keys as columns, others all at once.
+// Values are transposed in units of as many keys as columns.
 constexpr int kVUnit = 32;
-constexpr int kUnitBytes = spec::kTransposes ? kVUnit * kVUnit : kVBytes;
+constexpr int kVUnitBytes = kVUnit * kVUnit;
 static_assert(!spec::kTransposes || spec::kVBoxKeys == kVUnit, "one copy of TMA brings the keys of a unit");
-constexpr int kUnitVectors = kUnitBytes / 16;
-constexpr int kVUnits = kVBytes / kUnitBytes;
 
 // What is known of a tile, from the warp that finds it until all its readers are done. No rows end the work.
 struct Work {
