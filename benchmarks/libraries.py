@@ -276,7 +276,7 @@ def quantising_timer(function: Callable, sets: list[tuple]) -> tuple[Result, Tim
 
 def one_dtype_timer(function: Callable, sets: list[tuple]) -> tuple[Result, Timer]:
     """jax_timer; k and v are widened to the dtype of q beforehand."""
-    return jax_timer(function, [(q, k.astype(q.dtype), v.astype(q.dtype)) for q, k, v in sets])
+    return jax_timer(function, [(q, k.astype(q.dtype), v.astype(q.dtype), *rest) for q, k, v, *rest in sets])
 
 
 def cudnn_fp8_timer(function: Callable, sets: list[tuple]) -> tuple[Result, Timer]:

@@ -32,6 +32,10 @@ def canonical(call: Call) -> tuple[Attention, Operands]:
     q, k, v = (jnp.asarray(x) for x in (call.q, call.k, call.v))
     if k.dtype != q.dtype:  # FP8
         k, v = _without_gradient((k, v))
+    cu_seqlens_q = jnp.asarray(call.cu_seqlens_q)[None] if call.packed_q else _absent(np.int32)
+    cu_seqlens_k = jnp.asarray(call.cu_seqlens_k)[None] if call.packed_k else _absent(np.int32)
+    if call.cu_seqlens_k is call.cu_seqlens_q:
+        cu_seqlens_k = cu_seqlens_q  # one buffer, by which kernels know self-attention
     operands = Operands(
         q=q[None] if call.packed_q else q,
         k=k[None] if call.packed_k else k,
@@ -39,8 +43,8 @@ def canonical(call: Call) -> tuple[Attention, Operands]:
         scale=_scale(call),
         v_scale=_descale(call.v_descale, heads=call.k.shape[-2]),
         sinks=_absent(np.float32) if call.sinks is None else jnp.asarray(call.sinks, jnp.float32)[None],
-        cu_seqlens_q=jnp.asarray(call.cu_seqlens_q)[None] if call.packed_q else _absent(np.int32),
-        cu_seqlens_k=jnp.asarray(call.cu_seqlens_k)[None] if call.packed_k else _absent(np.int32),
+        cu_seqlens_q=cu_seqlens_q,
+        cu_seqlens_k=cu_seqlens_k,
         seqused_q=_absent(np.int32) if call.seqused_q is None else jnp.asarray(call.seqused_q),
         seqused_k=_absent(np.int32) if call.seqused_k is None else jnp.asarray(call.seqused_k),
     )

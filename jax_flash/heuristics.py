@@ -71,15 +71,14 @@ TRANSPOSING = {(d, softcap): {"v_stages": 3} for d in HEAD_DIMS for softcap in (
 """What is faster then, by head dim and whether there is a softcap: a buffer of V is longer on its way."""
 
 MOST_WIDENED = 1024
-"""Where so many queries, of all heads that share a key, or fewer see it, the kernel widens FP8 keys and values under a
-16-bit q; under a causal mask, where twice as many come. Each tile of queries widens all keys that it sees."""
+"""Where so many queries, of all heads that share a key, or fewer see it on average, the kernel widens FP8 keys and
+values under a 16-bit q. Each tile of queries widens all keys that it sees."""
 
 WIDENING: dict[int, dict[str, int | bool]] = {
-    64: {"tile_m": 128},
-    96: {"tile_m": 128, "tile_n": 128, "v_stages": 3},
+    96: {"tile_n": 128, "v_stages": 3},
     128: {"q_stages": 1, "v_stages": 3},
 }
-"""What is faster then, by head dim: three consumers leave too few registers to the warps that widen."""
+"""What is faster then, by head dim."""
 
 SHORT_KEYS = 1024
 """Sequences of so many keys on average, or fewer, are short, and such windows."""
@@ -105,7 +104,7 @@ def padded_head_dim(head_dim: int) -> int:
 
 
 def element_bytes(element: str) -> int:
-    """Bytes of one element of q, k and v."""
+    """Bytes of one element that is multiplied."""
     return 1 if element == "float8_e4m3fn" else 2
 
 
@@ -127,14 +126,18 @@ def ranked(
     """The legal KernelSpecs of a call, the best first.
 
     `element` is the dtype of q, `kv_element` that of k and v; `mean_queries` and `mean_keys` are the average lengths of
-    its sequences, `max_keys` is a bound of the latter; `features` are further flags of KernelSpec.
+    its sequences, `max_keys` is a bound of the latter; `heads_of_kv` heads of q share one of k and v; `features` are
+    further flags of KernelSpec.
     """
-    causal = window_right != UNBOUNDED  # half of the queries see a key
-    widens = (
-        kv_element != element
-        and head_dim % 16 == head_dim_v % 16 == 0  # as TMA wants it
-        and mean_queries * heads_of_kv <= (2 if causal else 1) * MOST_WIDENED
-    )
+    causal = window_right != UNBOUNDED
+    seen_by = mean_queries  # queries that see a key, on average
+    if causal:
+        last = min(mean_queries, mean_keys)
+        seen_by = last - last**2 / (2 * max(mean_keys, 1))
+    if causal and window_left != UNBOUNDED:
+        seen_by = min(seen_by, window_left + window_right + 1)
+    aligned = head_dim % 16 == head_dim_v % 16 == 0  # as TMA wants FP8 rows
+    widens = kv_element != element and aligned and seen_by * heads_of_kv <= MOST_WIDENED
     fixed: dict[str, Any] = {
         "element": "float16" if widens else element,
         "widens": widens,
@@ -152,7 +155,8 @@ def ranked(
     if fixed["window_left"] and fixed["window_right"]:
         mean_keys = min(mean_keys, window_left + window_right + 1)
         max_keys = min(max_keys, window_left + window_right + 1)
-    factor = 2 if causal or fixed["packed_k"] else 1  # packed keys that come transposed share blocks with others
+    # Under a causal mask half of the queries see a key; packed keys that come transposed share blocks with others.
+    factor = 2 if causal or fixed["packed_k"] else 1
     fixed["transposes"] = size == 1 and mean_keys <= factor * MOST_TRANSPOSED[dim] and head_dim_v % V_UNIT == 0
     if widens:
         tuned = tuned | WIDENING.get(dim, {})
@@ -168,7 +172,7 @@ def ranked(
 def candidates(fixed: dict, tuned: dict, max_keys: int) -> Iterator[KernelSpec]:
     """Every tiling of a call whose other fields are `fixed`; what is no matter of registers is as in `tuned`."""
     is_fp8 = element_bytes(fixed["element"]) == 1
-    step = 32 if is_fp8 or fixed["widens"] else 16
+    step = 32 if is_fp8 else 16
     # A diagonal wastes half of each masked block, which narrower steps make smaller.
     widest = 256 if is_fp8 and not (fixed["window_left"] or fixed["window_right"]) else 128
     widths = {*range(step, widest + 1, step), tuned.get("tile_n", step)}
@@ -197,8 +201,9 @@ def kernel_spec(**fields: Any) -> KernelSpec:
     consumers = fields["tile_m"] // 64
     is_fp8 = element_bytes(fields["element"]) == 1
     packed = fields["packed_q"] or fields["packed_k"]
-    needed, dense_fp8 = registers(**fields), is_fp8 and not packed
-    producer_registers, consumer_registers = register_split(consumers, needed, dense_fp8, fields["widens"])
+    # Producers that find dense tiles and clear nothing in registers need few of these.
+    slim = is_fp8 and not packed and not (fields["transposes"] and fields["seqused_k"])
+    producer_registers, consumer_registers = register_split(consumers, registers(**fields), slim, fields["widens"])
     follows = {
         "v_box_keys": v_box_keys(is_fp8, fields["tile_n"], fields["transposes"]),
         # Values that come transposed lie in units of 16 keys.
@@ -224,11 +229,11 @@ def with_choices(spec: KernelSpec, **choices: Any) -> KernelSpec:
     return kernel_spec(**(dataclasses.asdict(spec) | choices))
 
 
-def register_split(consumers: int, needed: int, dense_fp8: bool, widens: bool) -> tuple[int, int]:
+def register_split(consumers: int, needed: int, slim: bool, widens: bool) -> tuple[int, int]:
     """Registers of a producer and of a consumer thread, of the 64 K that an SM has, by what a consumer needs: of those
-    that need 217 or more some spill with 232. With one consumer two CTAs share an SM. A producer of 16-bit or of packed
-    tiles spills with 24; one that widens is faster with what is left, up to 88."""
-    if consumers == 2 and dense_fp8 and needed > 216:
+    that need 217 or more some spill with 232. With one consumer two CTAs share an SM. A producer that is not `slim`
+    spills with 24; one that widens is faster with what is left, up to 88."""
+    if consumers == 2 and slim and needed > 216:
         return 24, 240
     if consumers == 2 and widens:
         consumer = max(208, min(_up(needed + 8, 8), 232))
@@ -274,8 +279,8 @@ def registers(*, element: str, head_dim_v: int, tile_m: int, tile_n: int, **feat
 
 
 def legal(spec: KernelSpec) -> bool:
-    """Whether the tiling fits the machine; rows are widened by 32."""
-    if spec.widens and spec.tile_n % 32 != 0:
+    """Whether the tiling fits the machine. Rows are widened by 32, with more registers than three consumers leave."""
+    if spec.widens and (spec.tile_n % 32 != 0 or spec.tile_m != 128):
         return False
     if spec.ctas_per_sm * (spec.shared_bytes + 1024) > SHARED_LIMIT + 1024:
         return False

@@ -131,7 +131,9 @@ class Order(NamedTuple):
 
         It looks for long sequences before others, unless `max_seqlen_q` says that there are none.
         """
-        row_bytes = (params.head_dim + params.head_dim_v) * heuristics.element_bytes(spec.element)
+        row_bytes = (params.head_dim + params.head_dim_v) * (
+            1 if spec.widens else heuristics.element_bytes(spec.element)
+        )
         fitting_rows = min(L2_BYTES * params.heads // (row_bytes * params.kv_heads), 2**30)
         parts = NO_ROUNDS, NO_ROUNDS
         if not spec.packed_q:

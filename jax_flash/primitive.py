@@ -34,7 +34,7 @@ def _attend_forward(attention: Attention, operands: Operands):
 
 def _attend_backward(attention: Attention, saved, cotangents):
     operands, out, lse = saved
-    is_fp8 = operands.k.dtype != operands.q.dtype  # of which canonical.py has refused gradients
+    kv_is_fp8 = operands.k.dtype != operands.q.dtype  # of which canonical.py has refused gradients
     operands = operands.widened()
     dout, dlse = cotangents
     # delta = sum over a row of P * dP. The cotangent of the LSE adds dlse * P to dS = P * (dP - delta).
@@ -45,8 +45,8 @@ def _attend_backward(attention: Attention, saved, cotangents):
     q_index, k_index = reference.sequence_index(operands)
     gradients = {
         "q": dq,
-        "k": None if is_fp8 else dk,
-        "v": None if is_fp8 else dv,
+        "k": None if kv_is_fp8 else dk,
+        "v": None if kv_is_fp8 else dv,
         "scale": _sum_rows(_row_dot(operands.q, dq), q_index, operands.batch, operands.scale) / operands.scale,
         "v_scale": _sum_rows(_row_dot(operands.v, dv), k_index, operands.batch, operands.v_scale) / operands.v_scale,
     }

@@ -178,11 +178,11 @@ class KernelSpec:
     """
 
     element: str
-    """Dtype of what is multiplied: that of q, k and v, or float16 where k and v are widened."""
+    """Dtype of what is multiplied: that of q, or float16 where the kernel widens k and v."""
     widens: bool
-    """Whether k and v are FP8 under a 16-bit q, and two warps of the producer widen them."""
+    """Whether two warps of the producer widen k and v, which are FP8 under a 16-bit q."""
     converts_q: bool
-    """Whether q is bfloat16 then, and consumers convert it."""
+    """Whether q is bfloat16 then, which consumers convert."""
     out: str
     """Dtype of the output."""
     head_dim: int

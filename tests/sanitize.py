@@ -52,8 +52,9 @@ def nonsense() -> list[dict]:
     arguments["cu_seqlens_q"] = np.array([INT_MIN, INT_MAX, -5, 40, INT_MAX], np.int32)
     arguments["cu_seqlens_k"] = np.array([INT_MAX, 12, INT_MIN, 10**6, -1], np.int32)
     arguments["seqused_q"] = arguments["seqused_k"] = np.array([INT_MAX, INT_MIN, 3, INT_MAX], np.int32)
-    one = jax.numpy.asarray(arguments["cu_seqlens_q"])
-    return [arguments, arguments | {"cu_seqlens_q": one, "cu_seqlens_k": one}]
+    both = Case(id="nonsense-both", head_dim=64, dtype="float16", **PACKED | {"k_lens": PACKED["q_lens"]}).arguments()
+    both["cu_seqlens_q"] = both["cu_seqlens_k"] = jax.numpy.asarray(arguments["cu_seqlens_q"])
+    return [arguments, both]
 
 
 if __name__ == "__main__":

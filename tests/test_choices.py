@@ -34,6 +34,8 @@ IDS = (
     "long-dense-causal-softcap-float8_e4m3fn",
     "dense-all-bfloat16",
     "packed-239x1",
+    "long-dense-over-fp8",
+    "long-window-over-fp8",
 )
 
 

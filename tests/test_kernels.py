@@ -17,7 +17,7 @@ from jax_flash import _ffi, canonical, codegen, heuristics, launch
 from jax_flash.spec import UNBOUNDED, Call, KernelSpec, Params
 
 OUT = {"float16": "float16", "bfloat16": "bfloat16", "float8_e4m3fn": "bfloat16"}
-WINDOWS = {"full": (UNBOUNDED, UNBOUNDED), "causal": (UNBOUNDED, 0), "causal-left": (5000, 0)}
+WINDOWS = {"full": (UNBOUNDED, UNBOUNDED), "causal": (UNBOUNDED, 0), "causal-left": (5000, 0), "narrow": (500, 0)}
 FEATURES = ("softcap", "sinks", "packed_q", "packed_k", "seqused_q", "seqused_k", "lse")
 
 
@@ -78,6 +78,10 @@ def kernels():
     for head_dim, (window, features) in zip(heuristics.HEAD_DIMS, itertools.cycle(combinations), strict=False):
         specs = of_grid("bfloat16", head_dim, head_dim, window, features, kv_element="float8_e4m3fn")
         asked.append((f"over-fp8-d{head_dim}", specs))
+    # Where warps that transpose also clear.
+    for head_dim, window, features in ((128, "causal", ("softcap", "seqused_k")), (256, "full", ("seqused_k",))):
+        specs = of_grid("float8_e4m3fn", head_dim, head_dim, window, features, 500)
+        asked.append((f"fp8-d{head_dim}-{window}-clears", specs))
     asked.append(("fp8-tiny", of_grid("float8_e4m3fn", 128, 128, "full", ("packed_q", "packed_k"), 50)))
     # Where the first choice is known to spill.
     for head_dim, window, features in (
@@ -123,10 +127,13 @@ def test_compiles_without_a_spill(specs):
     assert 4 * moves < len(batches)
 
 
-@pytest.mark.parametrize("element", OUT)
-def test_every_combination_has_a_legal_kernel(element):
+@pytest.mark.parametrize(
+    ("element", "kv_element"),
+    [*zip(OUT, OUT, strict=True), ("float16", "float8_e4m3fn"), ("bfloat16", "float8_e4m3fn")],
+)
+def test_every_combination_has_a_legal_kernel(element, kv_element):
     for combination in itertools.product(heuristics.HEAD_DIMS, heuristics.HEAD_DIMS, WINDOWS, ((), FEATURES)):
-        spec = of_grid(element, *combination)[0]
+        spec = of_grid(element, *combination, kv_element=kv_element)[0]
         assert heuristics.legal(spec), combination
         assert spec.shared_bytes <= heuristics.SHARED_LIMIT, combination
         assert spec.threads == 128 * (spec.tile_m // 64 + 1), combination
@@ -177,6 +184,7 @@ def test_only_packed_fp8_keys_that_come_transposed_are_aligned():
     [
         *((1024, 1, "full", 128, True), (256, 4, "full", 128, True), (257, 4, "full", 128, False)),
         *((2048, 1, "causal", 64, True), (2049, 1, "causal", 64, False)),
+        (2049, 1, "narrow", 64, True),
         (100, 1, "full", 72, False),  # rows that TMA does not take
     ],
 )

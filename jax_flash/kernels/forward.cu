@@ -1,6 +1,6 @@
 // Forward attention on compute capability 9.0. One CTA of each SM, or two small ones, walk over tiles of kTileM query
-// rows of one head: the warps of the first warpgroup find the tiles, load Q, K and V by TMA and prepare values, each
-// further warpgroup computes 64 of the rows.
+// rows of one head: the warps of the first warpgroup find the tiles, load Q, K and V by TMA and prepare keys and
+// values, each further warpgroup computes 64 of the rows.
 #include "epilogue.cuh"
 #include "fragment.cuh"
 #include "hopper/barrier.cuh"
@@ -98,7 +98,7 @@ extern "C" __global__ void __launch_bounds__(kThreads, spec::kCtasPerSm)
     shrink_registers<spec::kProducerRegisters>();
     if (warp == 0) find_tiles(shared, operands, params, order);
     if constexpr (kPreparers == 2) {
-      // So keys and values are loaded by two lanes of one warp, which do not wait for each other.
+      // Keys and values are then loaded by two lanes of one warp, which do not wait for each other.
       if (warp == 1) {
         if (lane_index() == 0) {
           KeyLoader(shared, maps).run();

@@ -88,7 +88,7 @@ class ValueLoader {
   __device__ __forceinline__ void run() {
     bool first = true;
     each_work(shared_, [&](const Work& work) {
-      if (first) shared_.k_pipe[0].full.wait_briefly(0);
+      if (first) (spec::kWidens ? shared_.k_landed[0] : shared_.k_pipe[0].full).wait_briefly(0);
       first = false;
       const int begin = work.blocks.begin;  // not to be read once the last block may have been used
 #pragma unroll 1

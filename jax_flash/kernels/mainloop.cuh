@@ -363,12 +363,15 @@ class Consumer {
     store_blind_rows(*work_, params_, operands_, first_row() + warp() * kWarpRows, kWarpRows);
   }
 
-  // Changes this warpgroup's Q in shared memory, word by word.
+  // Changes each word of this warpgroup's Q in shared memory.
   template <typename Change>
   __device__ __forceinline__ void rewrite_q(Change change) {
-    u32* words = reinterpret_cast<u32*>(shared_.q[q_ring_.slot][warpgroup_]);
+    uint4* vectors = reinterpret_cast<uint4*>(shared_.q[q_ring_.slot][warpgroup_]);
 #pragma unroll 1
-    for (int i = threadIdx.x % kWarpgroupSize; i < kQBytes / 4; i += kWarpgroupSize) words[i] = change(words[i]);
+    for (int i = threadIdx.x % kWarpgroupSize; i < kQBytes / 16; i += kWarpgroupSize) {
+      const uint4 x = vectors[i];
+      vectors[i] = uint4{change(x.x), change(x.y), change(x.z), change(x.w)};
+    }
     fence_shared_for_async();
     named_sync(kWarpgroupBarrier + warpgroup_, kWarpgroupSize);
   }

@@ -2,7 +2,7 @@
 //
 // Rows of 128 bytes, swizzled: Q of each consumer is [column block][64 rows][128 bytes], K and 16-bit V [column block]
 // [kTileN rows][128 bytes]. FP8 V comes transposed, [box][kHeadDimV][kVBoxKeys bytes]: wgmma wants both FP8 operands
-// K-major.
+// K-major. Under a 16-bit Q, FP8 rows of 64 bytes come into the second half of a buffer, to be widened.
 #pragma once
 
 #include "fragment.cuh"
@@ -52,8 +52,8 @@ __device__ __forceinline__ bool clears(const Tile& tile, int block) { return kCl
 __device__ __forceinline__ bool prepares(const Tile& tile, int block) {
   return spec::kTransposes || spec::kWidens || clears(tile, block);
 }
-constexpr int kVPreparers = spec::kTransposes ? 2 : 1;                                // warps that do so, together;
-constexpr int kPreparers = spec::kTransposes || spec::kWidens ? 2 : kClears ? 1 : 0;  // and those of K too
+constexpr int kVPreparers = spec::kTransposes ? 2 : 1;  // warps that prepare one buffer of V
+constexpr int kPreparers = spec::kTransposes || spec::kWidens ? 2 : kClears ? 1 : 0;  // all that prepare, of K or V
 
 // Values are transposed in units of as many keys as columns.
 constexpr int kVUnit = 32;
