@@ -131,9 +131,8 @@ class Order(NamedTuple):
 
         It looks for long sequences before others, unless `max_seqlen_q` says that there are none.
         """
-        row_bytes = (params.head_dim + params.head_dim_v) * (
-            1 if spec.widens else heuristics.element_bytes(spec.element)
-        )
+        size = 1 if spec.widens else heuristics.element_bytes(spec.element)  # in the L2 cache
+        row_bytes = (params.head_dim + params.head_dim_v) * size
         fitting_rows = min(L2_BYTES * params.heads // (row_bytes * params.kv_heads), 2**30)
         parts = NO_ROUNDS, NO_ROUNDS
         if not spec.packed_q:

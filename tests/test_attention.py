@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import os
+import re
 import subprocess
 import sys
 import warnings
@@ -18,6 +19,7 @@ from tolerance import check, run
 
 import jax_flash
 from jax_flash import launch, primitive
+from jax_flash.spec import Operands
 
 
 @pytest.mark.parametrize(("kernel", "case"), on_each_kernel(CASES), indirect=["kernel"])
@@ -163,6 +165,17 @@ def test_one_array_that_cuts_both_sides_gives_the_same_bits(kernel, cu_seqlens, 
     two = run(arguments, implementation=kernel)
     jax.tree.map(np.testing.assert_array_equal, one, two)
     check(arguments, *two)
+
+
+@pytest.mark.gpu
+def test_one_array_that_cuts_both_sides_is_one_buffer():
+    arguments = _packed(dtype="float16")
+    q, k, v, cu_seqlens = (arguments[name] for name in ("q", "k", "v", "cu_seqlens_q"))
+    attend = jax.jit(lambda *x: jax_flash.attention(*x[:3], cu_seqlens_q=x[3], cu_seqlens_k=x[3]))
+    lines = attend.lower(q, k, v, cu_seqlens).compile().as_text().splitlines()
+    (call,) = (line for line in lines if "jax_flash_cuda_launch" in line)
+    operands = re.findall(r"%[\w.-]+", call.partition("custom-call(")[2])
+    assert operands[Operands._fields.index("cu_seqlens_q")] == operands[Operands._fields.index("cu_seqlens_k")]
 
 
 @pytest.mark.parametrize("packed", [False, True])
