@@ -35,7 +35,7 @@ IDS = (
     "dense-all-bfloat16",
     "packed-239x1",
     "long-dense-over-fp8",
-    "long-window-over-fp8",
+    "long-packed-over-fp8",
 )
 
 
