@@ -60,7 +60,10 @@ maxima. `python -m benchmarks tune` searches from here on."""
 MOST_TRANSPOSED = {64: 2048, 96: 2048, 128: 1024, 192: 1024, 256: 512}
 """Sequences of so many keys on average, or windows of so many, have their FP8 values transposed by the kernel, by head
 dim; under a causal mask or packed, twice as many. Each tile of queries transposes all values that it sees; from some
-tiles on it is cheaper to do so once beforehand."""
+tiles on it is cheaper to do so once beforehand. Four times as many where XLA would have to pad the rows first."""
+
+V_ROWS = 16
+"""Rows of which FP8 values that come transposed have a multiple."""
 
 V_UNIT = 32
 """Keys and columns that the kernel transposes at a time."""
@@ -119,15 +122,15 @@ def ranked(
     window_right: int,
     mean_queries: float,
     mean_keys: float,
-    max_keys: int,
+    kv_rows: int,
     heads_of_kv: int,
     **features: bool,
 ) -> list[KernelSpec]:
     """The legal KernelSpecs of a call, the best first.
 
     `element` is the dtype of q, `kv_element` that of k and v; `mean_queries` and `mean_keys` are the average lengths of
-    its sequences, `max_keys` is a bound of the latter; `heads_of_kv` heads of q share one of k and v; `features` are
-    further flags of KernelSpec.
+    its sequences, `kv_rows` are those of a group, which bound the latter; `heads_of_kv` heads of q share one of k and
+    v; `features` are further flags of KernelSpec.
     """
     causal = window_right != UNBOUNDED
     seen_by = mean_queries  # queries that see a key, on average
@@ -152,11 +155,12 @@ def ranked(
     size = element_bytes(element)
     dim = max(fixed["head_dim"], fixed["head_dim_v"])
     tuned = TUNED.get((size, dim, fixed["softcap"]), {})
+    max_keys = kv_rows
     if fixed["window_left"] and fixed["window_right"]:
         mean_keys = min(mean_keys, window_left + window_right + 1)
         max_keys = min(max_keys, window_left + window_right + 1)
     # Under a causal mask half of the queries see a key; packed keys that come transposed share blocks with others.
-    factor = 2 if causal or fixed["packed_k"] else 1
+    factor = (2 if causal or fixed["packed_k"] else 1) * (4 if kv_rows % V_ROWS else 1)
     fixed["transposes"] = size == 1 and mean_keys <= factor * MOST_TRANSPOSED[dim] and head_dim_v % V_UNIT == 0
     if widens:
         tuned = tuned | WIDENING.get(dim, {})

@@ -181,10 +181,12 @@ def transpose_fp8_values(v):
     """V (G, S, Hk, Dv) as FP8 wgmma wants it: (G, Hk, Dv, S up to a multiple of 16), keys innermost.
 
     Within 16 keys the order is that in which a thread holds P in registers (kernels/fragment.cuh): position 4q + 2i + e
-    holds key 8i + 2q + e. XLA fuses this into whatever computes V.
+    holds key 8i + 2q + e. XLA fuses this into whatever computes V; into padding it must not, for that is slow.
     """
     groups, rows, heads, columns = v.shape
-    v = jnp.pad(v, ((0, 0), (0, -rows % 16), (0, 0), (0, 0)))
+    if rows % heuristics.V_ROWS:
+        v = jnp.pad(v, ((0, 0), (0, -rows % heuristics.V_ROWS), (0, 0), (0, 0)))
+        v = jax.lax.optimization_barrier(v)
     v = v.reshape(groups, -1, 2, 4, 2, heads, columns)
     return v.transpose(0, 5, 6, 1, 3, 2, 4).reshape(groups, heads, columns, -1)
 
@@ -208,7 +210,7 @@ def kernel_specs(attention: Attention, operands: Operands) -> list[KernelSpec]:
         lse=attention.return_lse,
         mean_queries=math.prod(operands.q.shape[:2]) / operands.batch,
         mean_keys=math.prod(operands.k.shape[:2]) / operands.batch,
-        max_keys=operands.k.shape[1],
+        kv_rows=operands.k.shape[1],
         heads_of_kv=operands.q.shape[2] // operands.k.shape[2],
     )
 

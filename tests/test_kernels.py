@@ -50,7 +50,7 @@ def of_grid(
         window_right=right,
         mean_queries=length,
         mean_keys=length,
-        max_keys=length,
+        kv_rows=length,
         heads_of_kv=heads_of_kv,
         **{name: name in features for name in FEATURES},
     )
@@ -194,6 +194,12 @@ def test_kernels_widen_fp8_keys_that_few_queries_see(queries, heads_of_kv, windo
         assert spec.widens == widens
         assert spec.element == ("float16" if widens else element)
         assert spec.converts_q == (widens and element == "bfloat16")
+
+
+def test_values_that_xla_would_pad_are_transposed_by_the_kernel_for_longer():
+    padded, whole = (of_grid("float8_e4m3fn", 128, 128, "full", (), length)[0] for length in (2050, 2048))
+    assert (padded.transposes, whole.transposes) == (True, False)
+    assert not of_grid("float8_e4m3fn", 128, 128, "full", (), 4097)[0].transposes
 
 
 def test_source_expands_each_include_once():
