@@ -52,8 +52,8 @@ def attention(
     Args:
       q: queries, dense (B, Sq, H, D) or packed (Tq, H, D); float16, bfloat16, float32 or float8_e4m3fn. D and Dv are
         multiples of 8 (16 for FP8 q) up to 256, any for "xla".
-      k: keys, (B, Sk, Hk, D) or (Tk, Hk, D), of the dtype of q, or float8_e4m3fn, which is widened to it; CUDA kernels
-        may compute in float16 then, where a bfloat16 q is infinite from 65 520 on and 0 below 3e-8.
+      k: keys, (B, Sk, Hk, D) or (Tk, Hk, D), of the dtype of q, or float8_e4m3fn, which is widened to it; a CUDA
+        kernel may convert a bfloat16 q to float16 then: infinite from 65 520 on, fewer bits below 6e-5, 0 below 3e-8.
       v: values, (B, Sk, Hk, Dv) or (Tk, Hk, Dv), of the dtype of k.
       causal: query i sees keys j <= i + Sk - Sq, in each sequence, with the used lengths.
       window_size: (left, right): query i sees keys i + Sk - Sq - left <= j <= i + Sk - Sq + right; -1 or None is

@@ -62,7 +62,7 @@ def _without_gradient(arrays):
 def _refuse_gradient(primals, tangents):
     raise NotImplementedError(
         "attention has no gradient in float8_e4m3fn inputs, nor in any input where q is float8_e4m3fn; differentiate "
-        "through float16 or bfloat16 q, k and v, or put jax.lax.stop_gradient around what is constant."
+        "through float16, bfloat16 or float32 q, k and v, or put jax.lax.stop_gradient around what is constant."
     )
 
 

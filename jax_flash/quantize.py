@@ -36,7 +36,8 @@ def quantize_fp8(
 
     With `hadamard` each row is first rotated: multiplied with an orthogonal matrix, always the same one for a head dim.
     Scores do not change where both q and k are rotated, and a few channels of outliers, whose rounding errors would be
-    most of a score's, are spread over many. Rotate q and k or neither; never v, whose channels are those of the output.
+    most of a score's, are spread over many. Rotate q and k or neither, as where q is not quantised; never v, whose
+    channels are those of the output.
     A NaN or an infinity then spreads over the channels of its row.
 
     Attention of FP8 refuses to be differentiated. A gradient of this function alone is that of its operations: the cast
