@@ -64,15 +64,15 @@ def input_sets(row: Row) -> list[tuple[jax.Array, ...]]:
 
 
 def _inputs(row: Row, *keys) -> tuple[jax.Array, ...]:
+    kv_dtype = row.kv_dtype or row.dtype
     sides = (
-        (row.q_lengths, row.heads, row.head_dim),
-        (row.kv_lengths, row.kv_heads, row.head_dim),
-        (row.kv_lengths, row.kv_heads, row.head_dim_v),
+        (row.q_lengths, row.heads, row.head_dim, row.dtype),
+        (row.kv_lengths, row.kv_heads, row.head_dim, kv_dtype),
+        (row.kv_lengths, row.kv_heads, row.head_dim_v, kv_dtype),
     )
     arrays = []
-    for key, (lengths, heads, head_dim) in zip(keys, sides, strict=True):
+    for key, (lengths, heads, head_dim, dtype) in zip(keys, sides, strict=True):
         rows = (sum(lengths),) if row.packed else (len(lengths), lengths[0])
-        dtype = row.kv_dtype if arrays and row.kv_dtype else row.dtype
         arrays.append(jax.random.normal(key, (*rows, heads, head_dim), jnp.float32).astype(dtype))
     if row.packed:
         arrays.append(jnp.asarray(np.cumsum([0, *row.q_lengths]), jnp.int32))

@@ -63,7 +63,7 @@ dim; under a causal mask or packed, twice as many. Each tile of queries transpos
 tiles on it is cheaper to do so once beforehand. Four times as many where XLA would have to pad the rows first."""
 
 V_ROWS = 16
-"""Rows of which FP8 values that come transposed have a multiple."""
+"""FP8 values that come transposed lie in units of so many rows."""
 
 V_UNIT = 32
 """Keys and columns that the kernel transposes at a time."""
@@ -132,13 +132,15 @@ def ranked(
     its sequences, `kv_rows` are those of a group, which bound the latter; `heads_of_kv` heads of q share one of k and
     v; `features` are further flags of KernelSpec.
     """
-    causal = window_right != UNBOUNDED
+    bounded_left, bounded_right = window_left != UNBOUNDED, window_right != UNBOUNDED
+    max_keys = kv_rows
     seen_by = mean_queries  # queries that see a key, on average
-    if causal:
+    if bounded_right:
         last = min(mean_queries, mean_keys)
         seen_by = last - last**2 / (2 * max(mean_keys, 1))
-    if causal and window_left != UNBOUNDED:
-        seen_by = min(seen_by, window_left + window_right + 1)
+    if bounded_left and bounded_right:
+        width = window_left + window_right + 1
+        seen_by, mean_keys, max_keys = min(seen_by, width), min(mean_keys, width), min(max_keys, width)
     aligned = head_dim % 16 == head_dim_v % 16 == 0  # as TMA wants FP8 rows
     widens = kv_element != element and aligned and seen_by * heads_of_kv <= MOST_WIDENED
     fixed: dict[str, Any] = {
@@ -148,19 +150,15 @@ def ranked(
         "out": out,
         "head_dim": padded_head_dim(head_dim),
         "head_dim_v": padded_head_dim(head_dim_v),
-        "window_left": window_left != UNBOUNDED,
-        "window_right": causal,
+        "window_left": bounded_left,
+        "window_right": bounded_right,
         **features,
     }
     size = element_bytes(element)
     dim = max(fixed["head_dim"], fixed["head_dim_v"])
     tuned = TUNED.get((size, dim, fixed["softcap"]), {})
-    max_keys = kv_rows
-    if fixed["window_left"] and fixed["window_right"]:
-        mean_keys = min(mean_keys, window_left + window_right + 1)
-        max_keys = min(max_keys, window_left + window_right + 1)
     # Under a causal mask half of the queries see a key; packed keys that come transposed share blocks with others.
-    factor = (2 if causal or fixed["packed_k"] else 1) * (4 if kv_rows % V_ROWS else 1)
+    factor = (2 if bounded_right or fixed["packed_k"] else 1) * (4 if kv_rows % V_ROWS else 1)
     fixed["transposes"] = size == 1 and mean_keys <= factor * MOST_TRANSPOSED[dim] and head_dim_v % V_UNIT == 0
     if widens:
         tuned = tuned | WIDENING.get(dim, {})
@@ -210,8 +208,7 @@ def kernel_spec(**fields: Any) -> KernelSpec:
     producer_registers, consumer_registers = register_split(consumers, registers(**fields), slim, fields["widens"])
     follows = {
         "v_box_keys": v_box_keys(is_fp8, fields["tile_n"], fields["transposes"]),
-        # Values that come transposed lie in units of 16 keys.
-        "key_alignment": 16 if is_fp8 and fields["packed_k"] and not fields["transposes"] else 1,
+        "key_alignment": V_ROWS if is_fp8 and fields["packed_k"] and not fields["transposes"] else 1,
         "threads": 128 * (1 + consumers),
         "producer_registers": producer_registers,
         "consumer_registers": consumer_registers,

@@ -240,7 +240,7 @@ def forward_cuda(attention: Attention, operands: Operands, specs: list[KernelSpe
     ]
     if spec.transposes:
         maps.append(_units_map(2, operands.v.shape, spec.v_box_keys, spec.head_dim_v))
-    elif size == 1 and not spec.widens:
+    elif heuristics.element_bytes(spec.element) == 1:
         operands = operands._replace(v=transpose_fp8_values(operands.v))
         maps.append(_columns_map(2, operands.v.shape, spec.v_box_keys, spec.head_dim_v))
     else:
