@@ -128,6 +128,12 @@ def features(dtype: str) -> list[Row]:
     ]
 
 
+def few_queries(dtype: str) -> list[Row]:
+    """Queries at the end of long sequences: causal or not, they see nearly all keys."""
+    shapes = ((64, 32, 32), (128, 16, 16), (256, 8, 8), (128, 32, 8))
+    return [dense(dtype, 16, 4096, h, d, q_lengths=(256,) * 16, kv_heads=hk) for d, h, hk in shapes]
+
+
 def over_fp8() -> list[Row]:
     """16-bit queries over FP8 keys and values: self-attention, and queries at the end of a long cache."""
     options = {"kv_dtype": "float8_e4m3fn"}
@@ -157,7 +163,14 @@ SUITES = {
             *features("bfloat16"),
         )
     ),
-    "fp8": Suite(rows=(*grid("float8_e4m3fn", (64, 128, 256), LENGTHS), *features("float8_e4m3fn"), *over_fp8())),
+    "fp8": Suite(
+        rows=(
+            *grid("float8_e4m3fn", (64, 128, 256), LENGTHS),
+            *features("float8_e4m3fn"),
+            *few_queries("float8_e4m3fn"),
+            *over_fp8(),
+        )
+    ),
     "decode": Suite(
         unit="TB/s",
         rows=tuple(

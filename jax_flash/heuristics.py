@@ -57,10 +57,10 @@ KernelSpec. A call that needs more registers takes what comes nearest. A softcap
 maxima. `python -m benchmarks tune` searches from here on."""
 
 
-MOST_TRANSPOSED = {64: 2048, 96: 2048, 128: 1024, 192: 1024, 256: 512}
-"""Sequences of so many keys on average, or windows of so many, have their FP8 values transposed by the kernel, by head
-dim; under a causal mask or packed, twice as many. Each tile of queries transposes all values that it sees; from some
-tiles on it is cheaper to do so once beforehand. Four times as many where XLA would have to pad the rows first."""
+MOST_TRANSPOSED = {64: 3072, 96: 3072, 128: 1536, 192: 1536, 256: 768}
+"""Where so many rows of q, of all heads that share a key, or fewer see it on average, the kernel transposes FP8 values,
+by head dim; where packed, twice as many, and four times as many where XLA would have to pad the rows first. Each tile
+of queries transposes all values that it sees; from some tiles on it is cheaper to do so once beforehand."""
 
 V_ROWS = 16
 """FP8 values that come transposed lie in units of so many rows."""
@@ -74,8 +74,7 @@ TRANSPOSING = {(d, softcap): {"v_stages": 3} for d in HEAD_DIMS for softcap in (
 """What is faster then, by head dim and whether there is a softcap: a buffer of V is longer on its way."""
 
 MOST_WIDENED = 1024
-"""Where so many queries, of all heads that share a key, or fewer see it on average, the kernel widens FP8 keys and
-values under a 16-bit q. Each tile of queries widens all keys that it sees."""
+"""Likewise for FP8 keys and values that the kernel widens under a 16-bit q."""
 
 WIDENING: dict[int, dict[str, int | bool]] = {
     96: {"tile_n": 128, "v_stages": 3},
@@ -141,8 +140,9 @@ def ranked(
     if bounded_left and bounded_right:
         width = window_left + window_right + 1
         seen_by, mean_keys, max_keys = min(seen_by, width), min(mean_keys, width), min(max_keys, width)
+    rows_of_key = seen_by * heads_of_kv  # rows of q that see a key, of all heads that share it
     aligned = head_dim % 16 == head_dim_v % 16 == 0  # as TMA wants FP8 rows
-    widens = kv_element != element and aligned and seen_by * heads_of_kv <= MOST_WIDENED
+    widens = kv_element != element and aligned and rows_of_key <= MOST_WIDENED
     fixed: dict[str, Any] = {
         "element": "float16" if widens else element,
         "widens": widens,
@@ -157,9 +157,9 @@ def ranked(
     size = element_bytes(element)
     dim = max(fixed["head_dim"], fixed["head_dim_v"])
     tuned = TUNED.get((size, dim, fixed["softcap"]), {})
-    # Under a causal mask half of the queries see a key; packed keys that come transposed share blocks with others.
-    factor = (2 if bounded_right or fixed["packed_k"] else 1) * (4 if kv_rows % V_ROWS else 1)
-    fixed["transposes"] = size == 1 and mean_keys <= factor * MOST_TRANSPOSED[dim] and head_dim_v % V_UNIT == 0
+    # Packed keys that come transposed share blocks with others.
+    factor = (2 if fixed["packed_k"] else 1) * (4 if kv_rows % V_ROWS else 1)
+    fixed["transposes"] = size == 1 and rows_of_key <= factor * MOST_TRANSPOSED[dim] and head_dim_v % V_UNIT == 0
     if widens:
         tuned = tuned | WIDENING.get(dim, {})
     if fixed["transposes"]:

@@ -286,6 +286,14 @@ LONG += [
     Case(id="long-sections", q_lens=(1200,) * 2, k_lens=(1500,) * 2, heads=13, kv_heads=13, head_dim=128, causal=True),
 ]
 
+# Queries that see more FP8 keys than an accumulator takes: few, whose values the kernel transposes, and of many heads.
+_MANY_KEYS = {"dtype": "float8_e4m3fn", "k_lens": (2416,) * 3, "seqused_k": (2416, 1300, 2001), "descales": "kv_head"}
+LONG += [
+    Case(id="long-few-queries-d128", q_lens=(150,) * 3, head_dim=128, causal=True, **_MANY_KEYS),
+    Case(id="long-few-queries-d256", q_lens=(150, 0, 79), head_dim=256, packed_q=True, softcap=3.0, **_MANY_KEYS),
+    Case(id="long-many-heads-d256", q_lens=(150,) * 3, heads=14, kv_heads=1, head_dim=256, causal=True, **_MANY_KEYS),
+]
+
 LONG += [
     Case(id=f"long-{name}-over-fp8", dtype=dtype, kv_dtype="float8_e4m3fn", descales="head", **_LONG[layout], **more)
     for name, dtype, layout, more in (

@@ -35,10 +35,12 @@ def of_grid(
     window: str,
     features: tuple[str, ...],
     length: int = 100,
+    keys: int | None = None,
     kv_element: str | None = None,
     heads_of_kv: int = 1,
 ) -> list[KernelSpec]:
-    """The kernels of a combination, the best first."""
+    """The kernels of a combination, the best first; there are as many keys as queries unless given."""
+    keys = length if keys is None else keys
     left, right = WINDOWS[window]
     return heuristics.ranked(
         element=element,
@@ -49,8 +51,8 @@ def of_grid(
         window_left=left,
         window_right=right,
         mean_queries=length,
-        mean_keys=length,
-        kv_rows=length,
+        mean_keys=keys,
+        kv_rows=keys,
         heads_of_kv=heads_of_kv,
         **{name: name in features for name in FEATURES},
     )
@@ -75,9 +77,11 @@ def kernels():
     ):
         name = f"{element}-d{head_dim}-{window}-{'everything' if features else 'plain'}"
         asked.append((name, of_grid(element, head_dim, head_dim, window, features, length)))
+    # Few queries over many FP8 keys, which the kernel widens, or whose values it transposes.
     for head_dim, (window, features) in zip(heuristics.HEAD_DIMS, itertools.cycle(combinations), strict=False):
-        specs = of_grid("bfloat16", head_dim, head_dim, window, features, kv_element="float8_e4m3fn")
-        asked.append((f"over-fp8-d{head_dim}", specs))
+        for element in elements:
+            specs = of_grid(element, head_dim, head_dim, window, features, 100, 10000, kv_element="float8_e4m3fn")
+            asked.append((f"{element}-over-fp8-d{head_dim}", specs))
     # Where warps that transpose also clear.
     for head_dim, window, features in ((128, "causal", ("softcap", "seqused_k")), (256, "full", ("seqused_k",))):
         specs = of_grid("float8_e4m3fn", head_dim, head_dim, window, features, 500)
@@ -196,10 +200,22 @@ def test_kernels_widen_fp8_keys_that_few_queries_see(queries, heads_of_kv, windo
         assert spec.converts_q == (widens and element == "bfloat16")
 
 
-def test_values_that_xla_would_pad_are_transposed_by_the_kernel_for_longer():
-    padded, whole = (of_grid("float8_e4m3fn", 128, 128, "full", (), length)[0] for length in (2050, 2048))
-    assert (padded.transposes, whole.transposes) == (True, False)
-    assert not of_grid("float8_e4m3fn", 128, 128, "full", (), 4097)[0].transposes
+@pytest.mark.parametrize(
+    ("queries", "keys", "heads_of_kv", "window", "features", "transposes"),
+    [
+        *((1536, 1536, 1, "full", (), True), (1552, 1552, 1, "full", (), False)),
+        *((384, 40000, 4, "full", (), True), (400, 400, 4, "full", (), False)),
+        *((3072, 3072, 1, "causal", (), True), (3088, 3088, 1, "causal", (), False)),
+        *((1520, 40000, 1, "causal", (), True), (3072, 40000, 1, "causal", (), False)),
+        *((40000, 40000, 3, "narrow", (), True), (40000, 40000, 4, "narrow", (), False)),
+        *((3072, 3072, 1, "full", FEATURES, True), (3088, 3088, 1, "full", FEATURES, False)),
+        # Rows that XLA would pad.
+        *((6144, 6145, 1, "full", (), True), (6145, 6145, 1, "full", (), False)),
+    ],
+)
+def test_kernels_transpose_fp8_values_that_few_queries_see(queries, keys, heads_of_kv, window, features, transposes):
+    spec = of_grid("float8_e4m3fn", 128, 128, window, features, queries, keys, heads_of_kv=heads_of_kv)[0]
+    assert spec.transposes == transposes
 
 
 def test_source_expands_each_include_once():
