@@ -161,6 +161,7 @@ SUITES = {
             *grid("bfloat16", (64, 128, 256), LENGTHS),
             *grid("float16", (64, 128, 256), (2048, 8192)),
             *features("bfloat16"),
+            *few_queries("bfloat16"),
         )
     ),
     "fp8": Suite(

@@ -8,6 +8,7 @@ from __future__ import annotations
 import dataclasses
 import functools
 import itertools
+import math
 from collections.abc import Iterator
 from typing import Any
 
@@ -43,7 +44,7 @@ TUNED: dict[tuple[int, int, bool], dict[str, int | bool]] = {
     (1, 256, True): {"tile_m": 128, "tile_n": 96, "q_stages": 1, "k_stages": 2, "overlap": 0, "integer_max": True},
     (2, 64, False): {"tile_m": 192, "tile_n": 128, "q_stages": 2, "k_stages": 3, "overlap": 2, "integer_max": True},
     (2, 64, True): {"tile_m": 192, "tile_n": 96, "q_stages": 2, "k_stages": 3, "overlap": 0, "integer_max": True},
-    (2, 96, False): {"tile_m": 192, "tile_n": 96, "q_stages": 1, "k_stages": 2, "overlap": 2, "integer_max": True},
+    (2, 96, False): {"tile_m": 192, "tile_n": 96, "q_stages": 1, "k_stages": 2, "overlap": 4, "integer_max": True},
     (2, 96, True): {"tile_m": 128, "tile_n": 128, "q_stages": 2, "k_stages": 2, "overlap": 0, "integer_max": True},
     (2, 128, False): {"tile_m": 128, "tile_n": 128, "q_stages": 2, "k_stages": 2, "overlap": 2, "integer_max": True},
     (2, 128, True): {"tile_m": 128, "tile_n": 128, "q_stages": 2, "k_stages": 2, "overlap": 0, "integer_max": True},
@@ -57,10 +58,38 @@ KernelSpec. A call that needs more registers takes what comes nearest. A softcap
 maxima. `python -m benchmarks tune` searches from here on."""
 
 
+MOST_ROWS = 1.25
+"""Where the tiles of a sequence's queries would have more than so many times the rows that tiles of 128 rows have, on
+average, those are faster."""
+
+LOW: dict[tuple[int, int, bool], dict[str, int | bool]] = {
+    (1, 64, False): {"tile_m": 128, "tile_n": 256},
+    (1, 64, True): {"tile_m": 128, "tile_n": 192},
+    (1, 96, False): {"tile_m": 128, "tile_n": 192},
+    (2, 64, False): {"tile_m": 128, "tile_n": 128},
+    (2, 64, True): {"tile_m": 128, "tile_n": 128},
+    (2, 96, False): {"tile_m": 128, "tile_n": 128},
+}
+"""What is faster then, by bytes of an element, head dim and whether there is a softcap, for all that TUNED has tiles of
+192 rows for."""
+
+SHORT_KEYS = 1024
+"""Sequences of so many keys on average, or fewer, are short, and such windows."""
+
+SHORT: dict[tuple[int, int], dict[str, int | bool]] = {
+    (1, 64): {"tile_n": 128},
+    (1, 96): {"tile_n": 128},
+    (1, 128): {"tile_n": 128},
+    (2, 96): {"tile_m": 128, "tile_n": 128, "q_stages": 2},
+}
+"""What is faster then, by bytes of an element and head dim: wide steps waste much of the last one. It goes before what
+is for low tiles."""
+
 MOST_TRANSPOSED = {64: 3072, 96: 3072, 128: 1536, 192: 1536, 256: 768}
 """Where so many rows of q, of all heads that share a key, or fewer see it on average, the kernel transposes FP8 values,
-by head dim; where packed, twice as many, and four times as many where XLA would have to pad the rows first. Each tile
-of queries transposes all values that it sees; from some tiles on it is cheaper to do so once beforehand."""
+by head dim; twice as many where keys are packed, four times as many where XLA would have to pad the rows first, eight
+times as many where both. Each tile of queries transposes all values that it sees; from some tiles on it is cheaper to
+do so once beforehand."""
 
 V_ROWS = 16
 """FP8 values that come transposed lie in units of so many rows."""
@@ -69,24 +98,19 @@ V_UNIT = 32
 """Keys and columns that the kernel transposes at a time."""
 
 TRANSPOSING = {(d, softcap): {"v_stages": 3} for d in HEAD_DIMS for softcap in (False, True)} | {
-    (128, False): {"v_stages": 3, "overlap": 2}
+    (128, False): {"v_stages": 3, "overlap": 4}
 }
 """What is faster then, by head dim and whether there is a softcap: a buffer of V is longer on its way."""
 
 MOST_WIDENED = 1024
-"""Likewise for FP8 keys and values that the kernel widens under a 16-bit q."""
+"""Where so many rows of q or fewer see a key, counted in the same way, the kernel widens FP8 keys and values under a
+16-bit q."""
 
 WIDENING: dict[int, dict[str, int | bool]] = {
-    96: {"tile_n": 128, "v_stages": 3},
+    96: {"tile_n": 128, "q_stages": 1, "v_stages": 3},
     128: {"q_stages": 1, "v_stages": 3},
 }
 """What is faster then, by head dim."""
-
-SHORT_KEYS = 1024
-"""Sequences of so many keys on average, or fewer, are short, and such windows."""
-
-SHORT: dict[tuple[int, int], dict[str, int | bool]] = {(1, 128): {"tile_n": 128}}
-"""What is faster then, by bytes of an element and head dim: wide steps waste much of the last one."""
 
 TINY_ROWS = 64
 """Sequences of so many queries and keys on average, or fewer, are tiny: 64 rows of one are a tile."""
@@ -94,7 +118,7 @@ TINY_ROWS = 64
 TINY: dict[tuple[int, int], dict[str, int | bool]] = {
     (1, 128): {"tile_m": 64, "tile_n": 64, "q_stages": 2, "k_stages": 3, "ctas_per_sm": 2, "ping_pong": False},
 }
-"""What is faster then; it goes before what is for short ones."""
+"""What is faster then; it goes before all else."""
 
 FIRST_DEPOSIT = 384
 """Keys that an FP8 accumulator takes before its first deposit, as kernels/total.cuh has it."""
@@ -132,15 +156,16 @@ def ranked(
     v; `features` are further flags of KernelSpec.
     """
     bounded_left, bounded_right = window_left != UNBOUNDED, window_right != UNBOUNDED
+    rows_of_key = heads_of_kv * queries_of_key(mean_queries, mean_keys, window_left, window_right)
     max_keys = kv_rows
-    seen_by = mean_queries  # queries that see a key, on average
-    if bounded_right:
-        last = min(mean_queries, mean_keys)
-        seen_by = last - last**2 / (2 * max(mean_keys, 1))
     if bounded_left and bounded_right:
         width = window_left + window_right + 1
-        seen_by, mean_keys, max_keys = min(seen_by, width), min(mean_keys, width), min(max_keys, width)
-    rows_of_key = seen_by * heads_of_kv  # rows of q that see a key, of all heads that share it
+        mean_keys, max_keys = min(mean_keys, width), min(max_keys, width)
+
+    def rows_of_tiles(tile_m: int) -> float:
+        """Of a sequence's queries, on average; packed ones end anywhere in a tile."""
+        return mean_queries + tile_m / 2 if features["packed_q"] else _up(math.ceil(mean_queries), tile_m)
+
     aligned = head_dim % 16 == head_dim_v % 16 == 0  # as TMA wants FP8 rows
     widens = kv_element != element and aligned and rows_of_key <= MOST_WIDENED
     fixed: dict[str, Any] = {
@@ -156,7 +181,11 @@ def ranked(
     }
     size = element_bytes(element)
     dim = max(fixed["head_dim"], fixed["head_dim_v"])
-    tuned = TUNED.get((size, dim, fixed["softcap"]), {})
+    tuned = TUNED[size, dim, fixed["softcap"]]
+    if rows_of_tiles(tuned["tile_m"]) > MOST_ROWS * rows_of_tiles(128):
+        tuned = tuned | LOW[size, dim, fixed["softcap"]]
+    if mean_keys <= SHORT_KEYS:
+        tuned = tuned | SHORT.get((size, dim), {})
     # Packed keys that come transposed share blocks with others.
     factor = (2 if fixed["packed_k"] else 1) * (4 if kv_rows % V_ROWS else 1)
     fixed["transposes"] = size == 1 and rows_of_key <= factor * MOST_TRANSPOSED[dim] and head_dim_v % V_UNIT == 0
@@ -164,22 +193,32 @@ def ranked(
         tuned = tuned | WIDENING.get(dim, {})
     if fixed["transposes"]:
         tuned = tuned | TRANSPOSING[dim, fixed["softcap"]]
-    if mean_keys <= SHORT_KEYS:
-        tuned = tuned | SHORT.get((size, dim), {})
     if max(mean_queries, mean_keys) <= TINY_ROWS:
         tuned = tuned | TINY.get((size, dim), {})
     return sorted(filter(legal, candidates(fixed, tuned, max_keys)), key=functools.partial(cost, tuned=tuned))
+
+
+def queries_of_key(mean_queries: float, mean_keys: float, window_left: int, window_right: int) -> float:
+    """Queries that see a key of their sequence, on average over all its keys; the last query is at the last key."""
+    last = min(mean_queries, mean_keys)
+    seeing = mean_queries if window_right == UNBOUNDED else last
+    before, after = mean_keys - last / 2, last / 2  # keys beside one of those
+    if window_left != UNBOUNDED:
+        before = min(before, window_left)
+    if window_right != UNBOUNDED:
+        after = min(after, window_right)
+    return seeing * (before + after) / max(mean_keys, 1)
 
 
 def candidates(fixed: dict, tuned: dict, max_keys: int) -> Iterator[KernelSpec]:
     """Every tiling of a call whose other fields are `fixed`; what is no matter of registers is as in `tuned`."""
     is_fp8 = element_bytes(fixed["element"]) == 1
     step = 32 if is_fp8 else 16
-    # A diagonal wastes half of each masked block, which narrower steps make smaller.
+    # A diagonal wastes half of each masked block, which narrower steps make smaller; what was tuned may be wider.
     widest = 256 if is_fp8 and not (fixed["window_left"] or fixed["window_right"]) else 128
-    widths = {*range(step, widest + 1, step), tuned.get("tile_n", step)}
-    depths = {2, 3, tuned.get("k_stages", 2)}
-    counts = {2, 3, tuned.get("tile_m", 128) // 64}
+    widths = {*range(step, widest + 1, step), tuned["tile_n"]}
+    depths = {2, 3, tuned["k_stages"]}
+    counts = {2, 3, tuned["tile_m"] // 64}
     for consumers, tile_n, q_stages, k_stages in itertools.product(counts, widths, (1, 2), depths):
         for v_stages in {k_stages, tuned.get("v_stages", k_stages)}:
             yield kernel_spec(
@@ -190,8 +229,8 @@ def candidates(fixed: dict, tuned: dict, max_keys: int) -> Iterator[KernelSpec]:
                 k_stages=k_stages,
                 v_stages=v_stages,
                 ping_pong=tuned.get("ping_pong", True),
-                overlap=tuned.get("overlap", 2),
-                integer_max=tuned.get("integer_max", False),
+                overlap=tuned["overlap"],
+                integer_max=tuned["integer_max"],
                 ctas_per_sm=tuned.get("ctas_per_sm", 1) if consumers == 1 else 1,
                 # Whole blocks, of which the last one may come on top.
                 deposits=is_fp8 and max_keys > (FIRST_DEPOSIT // tile_n + 1) * tile_n,
@@ -203,8 +242,8 @@ def kernel_spec(**fields: Any) -> KernelSpec:
     consumers = fields["tile_m"] // 64
     is_fp8 = element_bytes(fields["element"]) == 1
     packed = fields["packed_q"] or fields["packed_k"]
-    # Producers that find dense tiles and clear nothing in registers need few of these.
-    slim = is_fp8 and not packed and not (fields["transposes"] and fields["seqused_k"])
+    # Producers that find dense tiles and clear nothing need few of these.
+    slim = is_fp8 and not packed and not fields["seqused_k"]
     producer_registers, consumer_registers = register_split(consumers, registers(**fields), slim, fields["widens"])
     follows = {
         "v_box_keys": v_box_keys(is_fp8, fields["tile_n"], fields["transposes"]),
@@ -289,6 +328,8 @@ def legal(spec: KernelSpec) -> bool:
 
 
 def cost(spec: KernelSpec, tuned: dict) -> tuple:
-    """Smaller is better: what is nearest to the tuned choice; then two consumers and wide steps, with deep buffers."""
-    distance = sum(getattr(spec, name) != value for name, value in tuned.items())
-    return distance, spec.tile_m, -spec.tile_n, -spec.q_stages, -spec.k_stages, -spec.v_stages
+    """Smaller is better: what differs from the tuned choice in the fewest fields; of equals, what has its buffers of V;
+    then two consumers and wide steps, with deep buffers."""
+    differs = {name: getattr(spec, name) != value for name, value in tuned.items()}
+    nearest = sum(differs.values()), differs.get("v_stages", False)
+    return *nearest, spec.tile_m, -spec.tile_n, -spec.q_stages, -spec.k_stages, -spec.v_stages

@@ -286,7 +286,8 @@ LONG += [
     Case(id="long-sections", q_lens=(1200,) * 2, k_lens=(1500,) * 2, heads=13, kv_heads=13, head_dim=128, causal=True),
 ]
 
-# Queries that see more FP8 keys than an accumulator takes: few, whose values the kernel transposes, and of many heads.
+# Queries that see more FP8 keys than an accumulator takes: few, whose values the kernel transposes,
+# and of many heads, whose values XLA transposes.
 _MANY_KEYS = {"dtype": "float8_e4m3fn", "k_lens": (2416,) * 3, "seqused_k": (2416, 1300, 2001), "descales": "kv_head"}
 LONG += [
     Case(id="long-few-queries-d128", q_lens=(150,) * 3, head_dim=128, causal=True, **_MANY_KEYS),

@@ -25,7 +25,7 @@ PACKED = {
 }
 CASES = [
     Case(id="dense", head_dim=128, causal=True, q_lens=(150, 150), k_lens=(190, 190)),
-    Case(id="dense-three-consumers", dtype="float16", head_dim=64, q_lens=(200, 200), k_lens=(270, 270)),
+    Case(id="dense-three-consumers", dtype="float16", head_dim=64, q_lens=(300, 300), k_lens=(270, 270)),
     Case(id="packed", head_dim=96, window_size=(30, 5), sinks=True, softcap=9.0, **PACKED),
     Case(
         id="packed-draws",
@@ -38,7 +38,15 @@ CASES = [
     ),
     Case(id="seqused", head_dim=40, seqused_q=(30, 0, 11), seqused_k=(29, 53, 2)),
     Case(id="fp8", dtype="float8_e4m3fn", head_dim=128, causal=True, q_lens=(150, 150), k_lens=(190, 190)),
-    Case(id="fp8-long", dtype="float8_e4m3fn", head_dim=128, q_lens=(150, 150), k_lens=(2512, 2512)),
+    Case(
+        id="fp8-long",
+        dtype="float8_e4m3fn",
+        heads=12,
+        kv_heads=1,
+        head_dim=128,
+        q_lens=(150, 150),
+        k_lens=(2512, 2512),
+    ),
     Case(id="fp8-packed", dtype="float8_e4m3fn", head_dim=64, descales="head", **PACKED),
     Case(id="negative-scale", head_dim=64, softmax_scale=-0.1),
     *(case for case in LONG if "window-softcap-sinks" in case.id or case.kv_dtype),

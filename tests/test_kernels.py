@@ -22,10 +22,8 @@ FEATURES = ("softcap", "sinks", "packed_q", "packed_k", "seqused_q", "seqused_k"
 
 
 def of_case(case: Case) -> list[KernelSpec]:
-    """The kernels of a case, the best first, with short sequences instead of its own; the grid has long ones."""
-    shorter = {side: tuple(min(length, 2) for length in getattr(case, side)) for side in ("q_lens", "k_lens")}
-    attention, operands = canonical.canonical(Call(**dataclasses.replace(case, **shorter).arguments()))
-    return launch.kernel_specs(attention, operands)
+    """The kernels of a case, the best first."""
+    return launch.kernel_specs(*canonical.canonical(Call(**case.arguments())))
 
 
 def of_grid(
@@ -34,13 +32,13 @@ def of_grid(
     head_dim_v: int,
     window: str,
     features: tuple[str, ...],
-    length: int = 100,
+    queries: int = 100,
     keys: int | None = None,
     kv_element: str | None = None,
     heads_of_kv: int = 1,
 ) -> list[KernelSpec]:
     """The kernels of a combination, the best first; there are as many keys as queries unless given."""
-    keys = length if keys is None else keys
+    keys = queries if keys is None else keys
     left, right = WINDOWS[window]
     return heuristics.ranked(
         element=element,
@@ -50,7 +48,7 @@ def of_grid(
         head_dim_v=head_dim_v,
         window_left=left,
         window_right=right,
-        mean_queries=length,
+        mean_queries=queries,
         mean_keys=keys,
         kv_rows=keys,
         heads_of_kv=heads_of_kv,
@@ -89,14 +87,12 @@ def kernels():
     asked.append(("fp8-tiny", of_grid("float8_e4m3fn", 128, 128, "full", ("packed_q", "packed_k"), 50)))
     # Where the first choice is known to spill.
     for head_dim, window, features in (
-        (64, "causal", ("seqused_k",)),
-        (64, "full", ("seqused_q", "seqused_k")),
-        (96, "full", ("softcap", "seqused_k")),
-        (128, "full", ("sinks", "seqused_q", "seqused_k")),
+        (96, "causal", ("packed_q", "packed_k", "seqused_q", "seqused_k")),
+        (128, "full", ("packed_q", "packed_k", "softcap")),
+        (128, "causal-left", ("softcap",)),
     ):
-        asked.append(
-            (f"d{head_dim}-{window}-{'-'.join(features)}", of_grid("bfloat16", head_dim, head_dim, window, features))
-        )
+        specs = of_grid("float8_e4m3fn", head_dim, head_dim, window, features, 100, 10000)
+        asked.append((f"spills-d{head_dim}-{window}-{'-'.join(features)}", specs))
     distinct = {kind(specs[0]): (name, specs) for name, specs in reversed(asked)}
     return [pytest.param(specs, id=name) for name, specs in distinct.values()]
 
@@ -145,17 +141,49 @@ def test_every_combination_has_a_legal_kernel(element, kv_element):
 
 
 @pytest.mark.parametrize(
-    ("head_dim", "window", "tile"),
+    ("head_dim", "window", "features", "queries", "keys", "tile"),
     [
-        (64, "full", (192, 128)),
-        (128, "full", (128, 128)),
-        (128, "causal", (128, 128)),
-        (256, "full", (128, 64)),
+        (64, "full", (), 8192, 8192, (192, 128)),
+        (96, "full", (), 8192, 8192, (192, 96)),
+        (128, "full", (), 8192, 8192, (128, 128)),
+        (128, "causal", (), 8192, 8192, (128, 128)),
+        (256, "full", (), 8192, 8192, (128, 64)),
+        (96, "full", (), 512, 512, (128, 128)),
+        # Queries that fill tiles of 128 rows, of which 192 would leave a third empty, or a ninth.
+        (64, "full", (), 256, 4096, (128, 128)),
+        (64, "full", (), 512, 4096, (192, 128)),
+        (64, "full", ("packed_q", "packed_k"), 60, 60, (128, 128)),
+        (64, "full", ("packed_q", "packed_k"), 256, 256, (192, 128)),
     ],
 )
-def test_16_bit_tiles_are_those_that_were_found_fastest(head_dim, window, tile):
-    spec = of_grid("bfloat16", head_dim, head_dim, window, ())[0]
+def test_16_bit_tiles_are_those_that_were_found_fastest(head_dim, window, features, queries, keys, tile):
+    spec = of_grid("bfloat16", head_dim, head_dim, window, features, queries, keys)[0]
     assert (spec.tile_m, spec.tile_n) == tile
+
+
+@pytest.mark.parametrize(
+    ("head_dim", "window", "features", "queries", "keys", "choice"),
+    [
+        (64, "full", (), 8192, 8192, (192, 128, 2, 4)),
+        (64, "full", (), 512, 512, (192, 128, 3, 4)),
+        (64, "full", (), 256, 256, (128, 128, 3, 4)),
+        (64, "full", (), 256, 4096, (128, 256, 3, 4)),
+        (64, "causal", ("softcap",), 256, 4096, (128, 192, 3, 0)),
+        (96, "full", (), 256, 4096, (128, 192, 3, 4)),
+        (96, "full", ("softcap",), 1024, 1024, (128, 128, 3, 0)),
+        (128, "full", (), 8192, 8192, (128, 192, 2, 1)),
+        (128, "full", (), 512, 512, (128, 128, 3, 4)),
+        (128, "full", (), 256, 4096, (128, 192, 3, 4)),
+        (128, "full", ("packed_q", "packed_k"), 60, 60, (64, 64, 3, 4)),
+        (256, "full", (), 8192, 8192, (128, 128, 2, 1)),
+        (256, "full", (), 512, 512, (128, 128, 3, 1)),
+        # Three buffers of V before wide steps.
+        (256, "full", (), 256, 4096, (128, 96, 3, 1)),
+    ],
+)
+def test_fp8_choices_are_those_that_were_found_fastest(head_dim, window, features, queries, keys, choice):
+    spec = of_grid("float8_e4m3fn", head_dim, head_dim, window, features, queries, keys)[0]
+    assert (spec.tile_m, spec.tile_n, spec.v_stages, spec.overlap) == choice
 
 
 @pytest.mark.parametrize(("head_dim", "padded"), [(8, 64), (64, 64), (72, 96), (128, 128), (136, 192), (256, 256)])
@@ -176,7 +204,7 @@ def test_fp8_values_lie_in_the_order_of_probabilities():
 
 
 def test_only_packed_fp8_keys_that_come_transposed_are_aligned():
-    assert of_grid("float8_e4m3fn", 64, 64, "full", FEATURES, length=10000)[0].key_alignment == 16
+    assert of_grid("float8_e4m3fn", 64, 64, "full", FEATURES, 10000)[0].key_alignment == 16
     assert of_grid("float8_e4m3fn", 64, 64, "full", FEATURES)[0].key_alignment == 1
     assert of_grid("float8_e4m3fn", 64, 64, "full", ())[0].key_alignment == 1
     assert of_grid("bfloat16", 64, 64, "full", FEATURES)[0].key_alignment == 1
@@ -188,11 +216,12 @@ def test_only_packed_fp8_keys_that_come_transposed_are_aligned():
         *((1024, 1, "full", 128, True), (256, 4, "full", 128, True), (257, 4, "full", 128, False)),
         *((2048, 1, "causal", 64, True), (2049, 1, "causal", 64, False)),
         (2049, 1, "narrow", 64, True),
+        (700, 4, "narrow", 64, False),
         (100, 1, "full", 72, False),  # rows that TMA does not take
     ],
 )
 def test_kernels_widen_fp8_keys_that_few_queries_see(queries, heads_of_kv, window, head_dim, widens):
-    options = {"length": queries, "kv_element": "float8_e4m3fn", "heads_of_kv": heads_of_kv}
+    options = {"queries": queries, "kv_element": "float8_e4m3fn", "heads_of_kv": heads_of_kv}
     for element in ("bfloat16", "float16"):
         spec = of_grid(element, head_dim, head_dim, window, (), **options)[0]
         assert spec.widens == widens
@@ -201,20 +230,27 @@ def test_kernels_widen_fp8_keys_that_few_queries_see(queries, heads_of_kv, windo
 
 
 @pytest.mark.parametrize(
-    ("queries", "keys", "heads_of_kv", "window", "features", "transposes"),
+    ("head_dim", "queries", "keys", "heads_of_kv", "window", "features", "transposes"),
     [
-        *((1536, 1536, 1, "full", (), True), (1552, 1552, 1, "full", (), False)),
-        *((384, 40000, 4, "full", (), True), (400, 400, 4, "full", (), False)),
-        *((3072, 3072, 1, "causal", (), True), (3088, 3088, 1, "causal", (), False)),
-        *((1520, 40000, 1, "causal", (), True), (3072, 40000, 1, "causal", (), False)),
-        *((40000, 40000, 3, "narrow", (), True), (40000, 40000, 4, "narrow", (), False)),
-        *((3072, 3072, 1, "full", FEATURES, True), (3088, 3088, 1, "full", FEATURES, False)),
+        *((128, 1536, 1536, 1, "full", (), True), (128, 1552, 1552, 1, "full", (), False)),
+        *((64, 3072, 3072, 1, "full", (), True), (64, 3088, 3088, 1, "full", (), False)),
+        *((256, 768, 768, 1, "full", (), True), (256, 784, 784, 1, "full", (), False)),
+        *((128, 384, 40000, 4, "full", (), True), (128, 400, 400, 4, "full", (), False)),
+        *((128, 3072, 3072, 1, "causal", (), True), (128, 3088, 3088, 1, "causal", (), False)),
+        *((128, 1520, 40000, 1, "causal", (), True), (128, 3072, 40000, 1, "causal", (), False)),
+        *((128, 40000, 40000, 3, "narrow", (), True), (128, 40000, 40000, 4, "narrow", (), False)),
+        # Keys that nobody sees count too.
+        *((128, 8192, 80000, 24, "narrow", (), True), (128, 8192, 80000, 32, "narrow", (), False)),
+        *((128, 3072, 3072, 1, "full", FEATURES, True), (128, 3088, 3088, 1, "full", FEATURES, False)),
+        *((128, 3072, 3072, 1, "full", ("packed_k",), True), (128, 3072, 3072, 1, "full", ("packed_q",), False)),
         # Rows that XLA would pad.
-        *((6144, 6145, 1, "full", (), True), (6145, 6145, 1, "full", (), False)),
+        *((128, 6144, 6145, 1, "full", (), True), (128, 6145, 6145, 1, "full", (), False)),
     ],
 )
-def test_kernels_transpose_fp8_values_that_few_queries_see(queries, keys, heads_of_kv, window, features, transposes):
-    spec = of_grid("float8_e4m3fn", 128, 128, window, features, queries, keys, heads_of_kv=heads_of_kv)[0]
+def test_kernels_transpose_fp8_values_that_few_queries_see(
+    head_dim, queries, keys, heads_of_kv, window, features, transposes
+):
+    spec = of_grid("float8_e4m3fn", head_dim, head_dim, window, features, queries, keys, heads_of_kv=heads_of_kv)[0]
     assert spec.transposes == transposes
 
 
