@@ -47,11 +47,10 @@ def measure(row: Row) -> tuple[dict[str, float], dict[str, str]]:
     for name, future in prepared.items():
         try:
             compute, timer = future.result()
-            result = compute()
+            result = np.asarray(compute(), np.float32)
         except Exception as error:  # whatever a peer raises is an answer
             refused[name] = reason(error)
             continue
-        result = np.asarray(result, np.float32)
         ours = result if ours is None else ours
         difference = np.linalg.norm(result - ours) / np.linalg.norm(ours)
         if difference < MOST_DIFFERENCE.get(row.dtype, 0.02):
