@@ -199,7 +199,8 @@ def ranked(
 
 
 def queries_of_key(mean_queries: float, mean_keys: float, window_left: int, window_right: int) -> float:
-    """Queries that see a key of their sequence, on average over all its keys; the last query is at the last key."""
+    """Queries that see a key of their sequence, on average over all its keys; fewer where queries outnumber keys. The
+    last query is at the last key."""
     last = min(mean_queries, mean_keys)
     seeing = mean_queries if window_right == UNBOUNDED else last
     before, after = mean_keys - last / 2, last / 2  # keys beside one of those
