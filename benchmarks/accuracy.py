@@ -11,7 +11,6 @@ import dataclasses
 import functools
 import itertools
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -97,6 +96,9 @@ LIBRARY_COLUMNS = {
     "cuDNN FP8": ("cuDNN FP8", by_tensor),
     "FA3 (dew_flash_attn), bfloat16": ("FA3 (dew_flash_attn)", in_bfloat16),
 }
+RETURNS_LSE = {"jax_flash": "return_lse", "FA3 (PyTorch)": "return_attn_probs"}
+"""Libraries whose log-sum-exp is compared too, and the option by which they return it."""
+
 INPUTS = {
     "V of mean 1": Inputs(change=mean_of_one, columns=LIBRARY_COLUMNS),
     "outliers": Inputs(change=outliers, columns=LIBRARY_COLUMNS),
@@ -134,7 +136,7 @@ def arrays_of(row: Row) -> Arrays:
 
 
 def measure(row: Row) -> dict:
-    """The relative error of each column, why others have none, and the greatest error of our log-sum-exp."""
+    """The relative error of each column, the greatest error of each log-sum-exp, and why others have none."""
     inputs, arrays = INPUTS[row.inputs], arrays_of(row)
     sample = np.linspace(0, row.length - 1, min(SAMPLE, row.length), dtype=int)
 
@@ -145,30 +147,35 @@ def measure(row: Row) -> dict:
             q, k, _ = dequantised(arrays)
         return exact(q[sample], k, v)
 
-    errors, refused = {}, {}
+    errors, lse_errors, refused = {}, {}, {}
     for column, (library, store) in inputs.columns.items():
-        stored, descales = store(*arrays)
         try:
-            out = result(library, row, stored, descales)[0, sample]
+            out = result(library, row, *store(*arrays))[0, sample]
         except Exception as error:  # whatever a peer raises is an answer
             refused[column] = reason(error)
             continue
         truth, _ = truth_of(store, inputs.truth_before_quantising)
         errors[column] = float(np.linalg.norm(np.asarray(out, np.float64) - truth) / np.linalg.norm(truth))
 
-    _, lse = result("jax_flash", row, *by_head(*arrays), return_lse=True)
     _, truth = truth_of(by_head, False)
-    lse_error = float(np.abs(np.asarray(lse[0][:, sample], np.float64) - truth).max())
-    return {**dataclasses.asdict(row), "errors": errors, "lse": lse_error, "refused": refused}
+    for library in RETURNS_LSE:
+        try:
+            lse = result(library, row, *by_head(*arrays), lse=True)[0][:, sample]
+        except Exception as error:
+            refused[f"log-sum-exp of {library}"] = reason(error)
+            continue
+        lse_errors[library] = float(np.abs(np.asarray(lse, np.float64) - truth).max())
+    return {**dataclasses.asdict(row), "errors": errors, "lse": lse_errors, "refused": refused}
 
 
-def result(library: str, row: Row, stored: Arrays, descales: Arrays, **options) -> Any:
-    """What a library gives for stored q, k and v."""
+def result(library: str, row: Row, stored: Arrays, descales: Arrays, *, lse: bool = False) -> jax.Array:
+    """What a library gives for stored q, k and v: out, or its log-sum-exp."""
     function, timer = LIBRARIES[library]
-    call = functools.partial(function(dense("float8_e4m3fn", 1, row.length, HEADS, HEAD_DIM)), **options)
+    call = function(dense("float8_e4m3fn", 1, row.length, HEADS, HEAD_DIM))
 
     def attention(q, k, v, *descales):
-        return call(q, k, v, **dict(zip(("q_descale", "k_descale", "v_descale"), descales, strict=False)))
+        options = dict(zip(("q_descale", "k_descale", "v_descale"), descales, strict=False))
+        return call(q, k, v, **options, **{RETURNS_LSE[library]: True})[1] if lse else call(q, k, v, **options)
 
     compute, _ = timer(attention, [(*stored, *descales)])
     return compute()

@@ -67,17 +67,18 @@ def table(path: pathlib.Path, only: str = "") -> str:
 def accuracy_table(path: pathlib.Path) -> str:
     """Errors against float64, as a Markdown table."""
     results = json.loads(path.read_text())
-    columns = list(dict.fromkeys(column for entry in results["rows"] for column in entry["errors"]))
+    kinds = {"errors": "{}", "lse": "log-sum-exp of {}"}
+    columns = list(dict.fromkeys((kind, name) for kind in kinds for entry in results["rows"] for name in entry[kind]))
     measured = _measured(results["environment"])
     lines = [
         f"Relative error on {measured} (`benchmarks/results/{path.name}`); of the log-sum-exp the greatest error:",
         "",
-        f"| | {' | '.join(columns)} | log-sum-exp of jax_flash |",
-        f"|---{'|---' * len(columns)}|---|",
+        f"| | {' | '.join(kinds[kind].format(name) for kind, name in columns)} |",
+        f"|---{'|---' * len(columns)}|",
     ]
     for entry in results["rows"]:
-        errors = [f"{entry['errors'][column]:.2g}" if column in entry["errors"] else "-" for column in columns]
-        lines.append(f"| {entry['row']} | {' | '.join(errors)} | {entry['lse']:.2g} |")
+        errors = [f"{entry[kind][name]:.2g}" if name in entry[kind] else "-" for kind, name in columns]
+        lines.append(f"| {entry['row']} | {' | '.join(errors)} |")
     return "\n".join(lines) + "\n"
 
 

@@ -217,8 +217,10 @@ def test_accuracy_is_measured_reported_and_plotted(tmp_path, monkeypatch, capsys
         (str(row), row.inputs, 256) for row in rows
     ]
     for entry in entries:
-        assert entry["errors"].keys() | entry["refused"].keys() == accuracy.INPUTS[entry["inputs"]].columns.keys()
-        assert entry["lse"] < 0.01
+        columns = [*accuracy.INPUTS[entry["inputs"]].columns, *(f"log-sum-exp of {x}" for x in accuracy.RETURNS_LSE)]
+        measured = [*entry["errors"], *(f"log-sum-exp of {x}" for x in entry["lse"])]
+        assert sorted([*measured, *entry["refused"]]) == sorted(columns)
+        assert entry["lse"]["jax_flash"] < 0.01
         if entry["inputs"] == "outlier channels":
             assert entry["errors"]["jax_flash, Hadamard"] < entry["errors"]["jax_flash"] / 2
         else:
@@ -230,11 +232,11 @@ def test_accuracy_is_measured_reported_and_plotted(tmp_path, monkeypatch, capsys
 def test_table_of_accuracy(tmp_path):
     path = tmp_path / "some-gpu-accuracy.json"
     rows = [
-        {"row": "a S64", "inputs": "a", "length": 64, "errors": {"x": 0.01234, "y": 2e-4}, "lse": 1e-3, "refused": {}},
-        {"row": "b S64", "inputs": "b", "length": 64, "errors": {"x": 0.3, "z": 0.1}, "lse": 2e-3, "refused": {}},
+        {"row": "a S64", "errors": {"x": 0.01234, "y": 2e-4}, "lse": {"x": 1e-3}},
+        {"row": "b S64", "errors": {"x": 0.3, "z": 0.1}, "lse": {"x": 2e-3, "y": 0.5}},
     ]
     path.write_text(json.dumps({"environment": ENVIRONMENT, "ceilings": {}, "rows": rows}))
     table = report.accuracy_table(path)
     assert "on one GPU, jax 1.2.3, 2026-01-01, commit abc (`benchmarks/results/some-gpu-accuracy.json`)" in table
-    assert "| | x | y | z | log-sum-exp of jax_flash |" in table
-    assert "| a S64 | 0.012 | 0.0002 | - | 0.001 |\n| b S64 | 0.3 | - | 0.1 | 0.002 |" in table
+    assert "| | x | y | z | log-sum-exp of x | log-sum-exp of y |" in table
+    assert "| a S64 | 0.012 | 0.0002 | - | 0.001 | - |\n| b S64 | 0.3 | - | 0.1 | 0.002 | 0.5 |" in table
