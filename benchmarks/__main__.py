@@ -71,8 +71,10 @@ def environment() -> dict[str, str]:
     commit = os.environ.get("JAX_FLASH_COMMIT")
     if commit is None:
         commit = subprocess.run(["git", "rev-parse", "--short", "HEAD"], capture_output=True, text=True).stdout.strip()
-    packages = ("jax", "jaxlib", "nvidia-cuda-nvrtc", "nvidia-cudnn-cu13", "fa3-fwd", "flash-attn3-jax", "torch")
-    installed = {dist.metadata["Name"]: dist.version for dist in importlib.metadata.distributions()}
+    peers = ("dew-flash-attn-cu13", "fa3-fwd", "flash-attn3-jax", "torch")
+    packages = ("jax", "jaxlib", "nvidia-cuda-nvrtc", "nvidia-cudnn-cu13", *peers)
+    # A name may be spelled with underscores.
+    installed = {dist.metadata["Name"].replace("_", "-"): dist.version for dist in importlib.metadata.distributions()}
     return {
         "device": device_name(),
         "date": datetime.date.today().isoformat(),

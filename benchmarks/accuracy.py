@@ -2,7 +2,8 @@
 
 Each library computes attention of all query rows, with inputs quantised as it takes them; a sample of the rows is
 compared with float64 over the numbers that were stored, so what counts is the computation. Where rotating q and k is
-compared with not doing so, quantising them counts too: there float64 takes q and k as they were before.
+compared with not doing so, quantising them counts too: there float64 takes q and k as they were before (for the
+output; of the log-sum-exp quantising never counts).
 """
 
 from __future__ import annotations
