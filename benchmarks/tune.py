@@ -60,7 +60,7 @@ def timer_of(row: Row, spec: KernelSpec) -> Timer:
     """A timer of one kernel."""
 
     def attention(q, k, v):
-        return launch.forward_cuda(*call_of(row, q, k, v), [spec])[0]
+        return launch.prefill_cuda(*call_of(row, q, k, v), [spec])[0]
 
     return jax_timer(attention, input_sets(row))[1]
 

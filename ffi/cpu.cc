@@ -1,12 +1,13 @@
 // Attention on the CPU: checks the buffers, finds the sequences, cuts them into tiles and runs those on XLA's threads.
 //
-// Reading order: this file, cpu_call.h (a call), cpu_tiles.h (the arithmetic), cpu_simd.h, cpu_convert.h.
+// Reading order: this file, cpu_operands.h (the buffers), cpu_call.h (a call), cpu_tiles.h (the arithmetic),
+// cpu_simd.h, cpu_convert.h.
 
 #include <cstring>
-#include <string>
 #include <vector>
 
 #include "ffi/cpu_call.h"
+#include "ffi/cpu_operands.h"
 #include "ffi/cpu_parallel.h"
 #include "ffi/cpu_tiles.h"
 #include "ffi/handlers.h"
@@ -15,88 +16,6 @@
 
 namespace jax_flash::cpu {
 namespace {
-
-using Floats = ffi::Buffer<ffi::F32>;
-using Integers = ffi::Buffer<ffi::S32>;
-using Shape = std::vector<int64_t>;
-
-// The operands in the order of spec.Operands. An absent one has no elements.
-struct Operands {
-  ffi::AnyBuffer q, k, v;
-  Floats scale, v_scale, sinks;
-  Integers cu_seqlens_q, cu_seqlens_k, seqused_q, seqused_k;
-};
-
-// Checks. Python refuses what a user can do wrong, in a user's words; these keep any other caller from crashing.
-
-template <typename Buffer>
-Shape ShapeOf(const Buffer& buffer) {
-  return Shape(buffer.dimensions().begin(), buffer.dimensions().end());
-}
-
-Status CheckShape(const std::string& name, const Shape& shape, const Shape& expected) {
-  if (shape == expected) return Status::Ok();
-  const auto text = [](const Shape& sizes) {
-    std::string list;
-    for (int64_t size : sizes) list += (list.empty() ? "" : ", ") + std::to_string(size);
-    return "(" + list + ")";
-  };
-  return Status::InvalidArgument(name + " must have shape " + text(expected) + " and has " + text(shape));
-}
-
-Status CheckArray(const char* name, const ffi::AnyBuffer& array, ffi::DataType type, const Shape& expected) {
-  if (array.element_type() != type) return Status::InvalidArgument(std::string(name) + " has a wrong element type");
-  return CheckShape(name, ShapeOf(array), expected);
-}
-
-// A leading 1 stands for every sequence, a trailing 1 for every head.
-Status CheckTable(const char* name, const Floats& table, int64_t batch, int64_t heads) {
-  const Shape shape = ShapeOf(table);
-  const bool same_batch = !shape.empty() && shape.front() == 1;
-  const bool same_heads = !shape.empty() && shape.back() == 1;
-  return CheckShape(name, shape, {same_batch ? 1 : batch, same_heads ? 1 : heads});
-}
-
-// The index arrays of q, or of k and v, which have `groups` groups.
-Status CheckSequences(const std::string& side, const Integers& cu_seqlens, const Integers& seqused, int64_t groups,
-                      int64_t batch) {
-  if (cu_seqlens.element_count() == 0) {
-    if (groups != batch) return Status::InvalidArgument(side + " is dense and must have one group for each sequence");
-  } else {
-    if (groups == 0 || batch % groups != 0) return Status::InvalidArgument(side + " has groups that cannot be alike");
-    RETURN_IF_ERROR(CheckShape("cu_seqlens_" + side, ShapeOf(cu_seqlens), {groups, batch / groups + 1}));
-  }
-  return seqused.element_count() == 0 ? Status::Ok() : CheckShape("seqused_" + side, ShapeOf(seqused), {batch});
-}
-
-Status CheckOperands(const Operands& operands, const Params& p) {
-  const ffi::DataType type = operands.q.element_type();
-  if (type != ffi::F32 && type != ffi::F16 && type != ffi::BF16 && type != ffi::F8E4M3FN) {
-    return Status::InvalidArgument("q must be float32, float16, bfloat16 or float8_e4m3fn");
-  }
-  if (p.kv_heads <= 0 || p.heads % p.kv_heads != 0) return Status::InvalidArgument("kv_heads must divide heads");
-  RETURN_IF_ERROR(CheckArray("q", operands.q, type, {p.q_groups, p.q_rows, p.heads, p.head_dim}));
-  RETURN_IF_ERROR(CheckArray("k", operands.k, type, {p.kv_groups, p.kv_rows, p.kv_heads, p.head_dim}));
-  RETURN_IF_ERROR(CheckArray("v", operands.v, type, {p.kv_groups, p.kv_rows, p.kv_heads, p.head_dim_v}));
-  RETURN_IF_ERROR(CheckTable("scale", operands.scale, p.batch, p.heads));
-  RETURN_IF_ERROR(CheckTable("v_scale", operands.v_scale, p.batch, p.kv_heads));
-  if (operands.sinks.element_count() > 0) RETURN_IF_ERROR(CheckTable("sinks", operands.sinks, p.batch, p.heads));
-  RETURN_IF_ERROR(CheckSequences("q", operands.cu_seqlens_q, operands.seqused_q, p.q_groups, p.batch));
-  return CheckSequences("k", operands.cu_seqlens_k, operands.seqused_k, p.kv_groups, p.batch);
-}
-
-// out or its cotangent.
-Status CheckOutput(const char* name, const ffi::AnyBuffer& array, const Params& p) {
-  const ffi::DataType type = array.element_type();
-  if (type != ffi::F32 && type != ffi::F16 && type != ffi::BF16) {
-    return Status::InvalidArgument(std::string(name) + " must be float32, float16 or bfloat16");
-  }
-  return CheckShape(name, ShapeOf(array), {p.q_groups, p.q_rows, p.heads, p.head_dim_v});
-}
-
-Status CheckLse(const char* name, const Floats& array, const Params& p) {
-  return CheckShape(name, ShapeOf(array), {p.q_groups, p.heads, p.q_rows});
-}
 
 // The call, from checked operands.
 
@@ -137,8 +56,23 @@ Call CallOf(const Operands& operands, const Params& params) {
   Call call;
   call.params = params;
   const auto q = SegmentsOf(operands.cu_seqlens_q, operands.seqused_q, params.q_groups, params.q_rows, params.batch);
-  const auto kv = SegmentsOf(operands.cu_seqlens_k, operands.seqused_k, params.kv_groups, params.kv_rows, params.batch);
-  for (int i = 0; i < params.batch; ++i) call.sequences.push_back({q[i], kv[i]});
+  // In a cache these are positions: where they lie an index array says.
+  const auto kv =
+      SegmentsOf(operands.cu_seqlens_k, operands.seqused_k, operands.indexed() ? params.batch : params.kv_groups,
+                 int64_t{params.kv_rows} * std::max(params.max_pages, 1), params.batch);
+  for (int i = 0; i < params.batch; ++i) {
+    Sequence sequence{q[i], kv[i]};
+    if (operands.page_table.element_count() > 0) {
+      sequence.pages = operands.page_table.typed_data() + int64_t{i} * params.max_pages;
+    }
+    if (operands.cache_batch_idx.element_count() > 0) {
+      sequence.kv.group = std::clamp(operands.cache_batch_idx.typed_data()[i], 0, params.kv_groups - 1);
+    }
+    if (operands.cache_leftpad.element_count() > 0) {
+      sequence.leftpad = std::clamp<int64_t>(operands.cache_leftpad.typed_data()[i], 0, sequence.kv.len);
+    }
+    call.sequences.push_back(sequence);
+  }
   call.q = ArrayOf(operands.q);
   call.k = ArrayOf(operands.k);
   call.v = ArrayOf(operands.v);
@@ -291,6 +225,9 @@ Status Backward(const Operands& operands, const Params& params, const Gradients&
   RETURN_IF_ERROR(CheckOperands(operands, params));
   const ffi::DataType type = operands.q.element_type();
   if (type == ffi::F8E4M3FN) return Status::InvalidArgument("float8_e4m3fn has no gradient");
+  if (operands.indexed() || operands.cache_leftpad.element_count() > 0) {
+    return Status::InvalidArgument("a cache has no gradient");
+  }
   RETURN_IF_ERROR(CheckOutput("dout", gradients.dout, params));
   RETURN_IF_ERROR(CheckLse("lse", gradients.lse, params));
   RETURN_IF_ERROR(CheckLse("delta", gradients.delta, params));
@@ -329,18 +266,24 @@ Status Backward(const Operands& operands, const Params& params, const Gradients&
 
 ffi::Error HandleForward(ffi::AnyBuffer q, ffi::AnyBuffer k, ffi::AnyBuffer v, Floats scale, Floats v_scale,
                          Floats sinks, Integers cu_seqlens_q, Integers cu_seqlens_k, Integers seqused_q,
-                         Integers seqused_k, ffi::Result<ffi::AnyBuffer> out, ffi::Result<Floats> lse, Params params,
+                         Integers seqused_k, Integers page_table, Integers cache_batch_idx, Integers cache_leftpad,
+                         ffi::Result<ffi::AnyBuffer> out, ffi::Result<Floats> lse, Params params,
                          ffi::ThreadPool pool) {
-  const Operands operands{q, k, v, scale, v_scale, sinks, cu_seqlens_q, cu_seqlens_k, seqused_q, seqused_k};
+  const Operands operands{
+      q,         k,         v,          scale,           v_scale,      sinks, cu_seqlens_q, cu_seqlens_k,
+      seqused_q, seqused_k, page_table, cache_batch_idx, cache_leftpad};
   return Forward(operands, params, *out, *lse, pool).ToError();
 }
 
 ffi::Error HandleBackward(ffi::AnyBuffer q, ffi::AnyBuffer k, ffi::AnyBuffer v, Floats scale, Floats v_scale,
                           Floats sinks, Integers cu_seqlens_q, Integers cu_seqlens_k, Integers seqused_q,
-                          Integers seqused_k, ffi::AnyBuffer dout, Floats lse, Floats delta,
-                          ffi::Result<ffi::AnyBuffer> dq, ffi::Result<ffi::AnyBuffer> dk,
-                          ffi::Result<ffi::AnyBuffer> dv, Params params, ffi::ThreadPool pool) {
-  const Operands operands{q, k, v, scale, v_scale, sinks, cu_seqlens_q, cu_seqlens_k, seqused_q, seqused_k};
+                          Integers seqused_k, Integers page_table, Integers cache_batch_idx, Integers cache_leftpad,
+                          ffi::AnyBuffer dout, Floats lse, Floats delta, ffi::Result<ffi::AnyBuffer> dq,
+                          ffi::Result<ffi::AnyBuffer> dk, ffi::Result<ffi::AnyBuffer> dv, Params params,
+                          ffi::ThreadPool pool) {
+  const Operands operands{
+      q,         k,         v,          scale,           v_scale,      sinks, cu_seqlens_q, cu_seqlens_k,
+      seqused_q, seqused_k, page_table, cache_batch_idx, cache_leftpad};
   return Backward(operands, params, {dout, lse, delta, *dq, *dk, *dv}, pool).ToError();
 }
 
@@ -352,6 +295,9 @@ auto BindOperands() {
       .Arg<Floats>()
       .Arg<Floats>()
       .Arg<Floats>()
+      .Arg<Integers>()
+      .Arg<Integers>()
+      .Arg<Integers>()
       .Arg<Integers>()
       .Arg<Integers>()
       .Arg<Integers>()

@@ -28,6 +28,8 @@ struct Segment {
 struct Sequence {
   Segment q;
   Segment kv;
+  const int32_t* pages = nullptr;  // of the keys, which then lie in groups of these numbers instead of one
+  int64_t leftpad = 0;             // keys before this one do not count
 };
 
 // Numbers by sequence and head; an axis of length 1 has step 0: the same number for all.
@@ -71,9 +73,15 @@ struct Call {
     return (sequence.q.group * params.q_rows + sequence.q.begin + query) * params.heads + head;
   }
 
-  // The row of k, v, dk and dv.
+  // The row of k, v, dk and dv. No entry of a page table is trusted.
   int64_t KeyIndex(const Sequence& sequence, int64_t key, int64_t kv_head) const {
-    return (sequence.kv.group * params.kv_rows + sequence.kv.begin + key) * params.kv_heads + kv_head;
+    int64_t group = sequence.kv.group;
+    int64_t row = sequence.kv.begin + key;
+    if (sequence.pages != nullptr) {
+      group = std::clamp(sequence.pages[row / params.kv_rows], 0, params.kv_groups - 1);
+      row %= params.kv_rows;
+    }
+    return (group * params.kv_rows + row) * params.kv_heads + kv_head;
   }
 
   // The element of the LSE and delta, (groups, heads, rows).
@@ -86,10 +94,10 @@ struct Call {
     const int64_t position = query + sequence.kv.len - sequence.q.len;
     const int64_t first = params.window_left < 0 ? 0 : position - params.window_left;
     const int64_t last = params.window_right < 0 ? sequence.kv.len : position + params.window_right + 1;
-    return {std::max<int64_t>(first, 0), std::min(last, sequence.kv.len)};
+    return {std::max(first, sequence.leftpad), std::min(last, sequence.kv.len)};
   }
 
-  // The queries that see at least one of `keys`: the inverse of VisibleKeys.
+  // The queries that see at least one of `keys`: the inverse of VisibleKeys, where no keys are padding.
   Range SeeingQueries(const Sequence& sequence, Range keys) const {
     const int64_t shift = sequence.kv.len - sequence.q.len;
     const int64_t first = params.window_right < 0 ? 0 : keys.first - shift - params.window_right;

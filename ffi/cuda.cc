@@ -39,9 +39,10 @@ struct LaunchAttributes {
   std::string_view entry;
   ffi::Span<const int64_t> tensor_maps;
   int64_t grid;
+  int64_t cluster;  // CTAs of one
   int64_t threads;
   int64_t shared_bytes;
-  int64_t draws;  // whether the last result counts, from 0, the pieces of work that CTAs draw
+  int64_t counters;  // the result that counts from 0, or -1
   Params params;
   ffi::Span<const int32_t> order;  // of work: numbers that only Python and the kernel know
 };
@@ -51,9 +52,9 @@ struct LaunchAttributes {
 XLA_FFI_REGISTER_STRUCT_ATTR_DECODING(jax_flash::LaunchAttributes, StructMember<ffi::Span<const uint8_t>>("cubin"),
                                       StructMember<std::string_view>("entry"),
                                       StructMember<ffi::Span<const int64_t>>("tensor_maps"),
-                                      StructMember<int64_t>("grid"), StructMember<int64_t>("threads"),
-                                      StructMember<int64_t>("shared_bytes"), StructMember<int64_t>("draws"),
-                                      StructMember<jax_flash::Params>("params"),
+                                      StructMember<int64_t>("grid"), StructMember<int64_t>("cluster"),
+                                      StructMember<int64_t>("threads"), StructMember<int64_t>("shared_bytes"),
+                                      StructMember<int64_t>("counters"), StructMember<jax_flash::Params>("params"),
                                       StructMember<ffi::Span<const int32_t>>("order"));
 
 namespace jax_flash {
@@ -228,8 +229,11 @@ Status LaunchKernel(CUstream stream, const LoadedKernel& loaded, ffi::RemainingA
   CUDA_CHECK(cuCtxGetDevice, &device);
   CUDA_CHECK(cuKernelSetAttribute, CU_FUNC_ATTRIBUTE_MAX_DYNAMIC_SHARED_SIZE_BYTES,
              static_cast<int>(attributes.shared_bytes), loaded.kernel, device);
-  if (attributes.draws != 0) {
-    CUDA_CHECK(cuMemsetD32Async, reinterpret_cast<CUdeviceptr>(pointers.pointers[count - 1]), 0, 1, stream);
+  if (attributes.counters >= 0) {
+    if (attributes.counters >= static_cast<int64_t>(results.size())) return Status::InvalidArgument("no such counters");
+    auto counters = *results.get<ffi::AnyBuffer>(attributes.counters);
+    CUDA_CHECK(cuMemsetD32Async, reinterpret_cast<CUdeviceptr>(counters->untyped_data()), 0, counters->element_count(),
+               stream);
   }
   CUlaunchConfig config = {};
   config.gridDimX = static_cast<unsigned>(attributes.grid);
@@ -237,6 +241,12 @@ Status LaunchKernel(CUstream stream, const LoadedKernel& loaded, ffi::RemainingA
   config.gridDimY = config.gridDimZ = config.blockDimY = config.blockDimZ = 1;
   config.sharedMemBytes = static_cast<unsigned>(attributes.shared_bytes);
   config.hStream = stream;
+  CUlaunchAttribute cluster = {};
+  cluster.id = CU_LAUNCH_ATTRIBUTE_CLUSTER_DIMENSION;
+  cluster.value.clusterDim.x = static_cast<unsigned>(attributes.cluster);
+  cluster.value.clusterDim.y = cluster.value.clusterDim.z = 1;
+  config.attrs = &cluster;
+  config.numAttrs = attributes.cluster > 1 ? 1 : 0;
   Params params = attributes.params;
   void* arguments[] = {&maps, &pointers, &params, &order};
   CUDA_CHECK(cuLaunchKernelEx, &config, reinterpret_cast<CUfunction>(loaded.kernel), arguments, nullptr);

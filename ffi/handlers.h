@@ -7,6 +7,8 @@ extern "C" {
 // cpu.cc
 XLA_FFI_Error* JaxFlashCpuForward(XLA_FFI_CallFrame* call_frame);
 XLA_FFI_Error* JaxFlashCpuBackward(XLA_FFI_CallFrame* call_frame);
+// cpu_write.cc
+XLA_FFI_Error* JaxFlashCpuWrite(XLA_FFI_CallFrame* call_frame);
 // cuda.cc
 XLA_FFI_Error* JaxFlashCudaLoad(XLA_FFI_CallFrame* call_frame);
 XLA_FFI_Error* JaxFlashCudaLaunch(XLA_FFI_CallFrame* call_frame);

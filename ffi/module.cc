@@ -21,6 +21,7 @@ nb::dict Targets(const std::string& platform) {
   if (platform == "cpu") {
     targets["jax_flash_cpu_forward"] = Handler(JaxFlashCpuForward);
     targets["jax_flash_cpu_backward"] = Handler(JaxFlashCpuBackward);
+    targets["jax_flash_cpu_write"] = Handler(JaxFlashCpuWrite);
   } else if (platform == "cuda") {
     nb::dict stages;
     stages["instantiate"] = Handler(JaxFlashCudaLoad);

@@ -1,4 +1,4 @@
-"""FlashAttention-class attention for JAX: `attention`, its definition in `reference`, `quantize_fp8`, Flax in `nn`."""
+"""FlashAttention-class attention for JAX, over arrays or a KV cache; definitions in `reference`, Flax in `nn`."""
 
 from __future__ import annotations
 
@@ -10,10 +10,11 @@ from typing import Any
 __path__ = pkgutil.extend_path(__path__, __name__)
 
 from jax_flash import reference
-from jax_flash.api import attention
+from jax_flash.api import attention, attention_with_kv_cache
+from jax_flash.merge import merge
 from jax_flash.quantize import quantize_fp8
 
-__all__ = ["__version__", "attention", "nn", "quantize_fp8", "reference"]
+__all__ = ["__version__", "attention", "attention_with_kv_cache", "merge", "nn", "quantize_fp8", "reference"]
 
 
 def __getattr__(name: str) -> Any:

@@ -7,8 +7,8 @@ from typing import Any
 import jax
 from jax.typing import ArrayLike, DTypeLike
 
-from jax_flash import canonical, reference, validate
-from jax_flash.spec import Attention, Call, Operands
+from jax_flash import append, canonical, reference, validate, validate_cache
+from jax_flash.spec import Append, Attention, CacheCall, Call, Operands
 
 
 def attention(
@@ -113,21 +113,153 @@ def attention(
     )
     validate.check(call)
     computed, operands = canonical.canonical(call)
-    if implementation is not None:
-        _check_machine(computed, operands)
-    # Without a query, a key or a value there is nothing for a kernel to do.
-    if implementation == "xla" or 0 in (*operands.q.shape, *operands.v.shape, operands.batch):
-        out, lse = reference.forward(computed, operands)
-    else:
-        # Imported here, as launch is below, for with the part of JAX that it needs it takes as long as all the rest.
-        from jax_flash import primitive
+    _check_machine(computed, operands)
+    return canonical.restore(call, *_attended(computed, operands))
 
-        out, lse = primitive.attend(computed, operands)
-    return canonical.restore(call, out, lse)
+
+def attention_with_kv_cache(
+    q: jax.Array,
+    k_cache: jax.Array,
+    v_cache: jax.Array,
+    k_new: jax.Array | None = None,
+    v_new: jax.Array | None = None,
+    *,
+    cache_seqlens: int | jax.Array,
+    page_table: jax.Array | None = None,
+    cache_batch_idx: jax.Array | None = None,
+    cache_leftpad: jax.Array | None = None,
+    cu_seqlens_q: jax.Array | None = None,
+    max_seqlen_q: int | None = None,
+    rotary_cos: jax.Array | None = None,
+    rotary_sin: jax.Array | None = None,
+    rotary_interleaved: bool = False,
+    causal: bool = True,
+    window_size: tuple[int | None, int | None] | None = (-1, -1),
+    softcap: float = 0.0,
+    softmax_scale: float | jax.Array | None = None,
+    sinks: jax.Array | None = None,
+    q_descale: ArrayLike | None = None,
+    k_descale: ArrayLike | None = None,
+    v_descale: ArrayLike | None = None,
+    num_splits: int | None = None,
+    out_dtype: DTypeLike | None = None,
+    return_lse: bool = False,
+    implementation: str | None = None,
+) -> Any:
+    """`attention` over keys and values that lie in a cache, to which it may first append new ones; for inference.
+
+        step = jax.jit(jax_flash.attention_with_kv_cache, donate_argnames=("k_cache", "v_cache"))
+        out, k_cache, v_cache = step(q, k_cache, v_cache, k_new, v_new, cache_seqlens=cache_seqlens)
+
+    B is the number of sequences, the other letters are those of `attention`. A cache is dense, (B, S, ..), or paged: a
+    pool of pages that all sequences share, (pages, page size, ..), of which `page_table` gives each sequence its own.
+    The capacity of a sequence is S, or its number of pages times the page size. Keys have positions from 0 on, and the
+    queries of a sequence are its last positions: of n queries over `length` keys, new ones included, query i is at
+    position i + length - n.
+
+    Of a cache only used rows are read, and nothing else that it holds, NaN included, reaches a result. Index arrays may
+    hold any values: lengths are clamped to the capacity, pages and rows that are read to those that there are, and what
+    would be written past the capacity or outside the cache is dropped. Nonsense for one sequence changes no other,
+    unless both are led to the same rows of a cache. A gradient of anything through this function raises.
+
+    Args:
+      q: queries, dense (B, Sq, H, D) or packed (Tq, H, D); dtypes and head dims are those of `attention`.
+      k_cache: keys, (B, S, Hk, D) or, paged, (pages, page size, Hk, D), of the dtype of q or float8_e4m3fn.
+      v_cache: values, (B, S, Hk, Dv) or (pages, page size, Hk, Dv), of the dtype of k_cache.
+      k_new: keys to append, dense (B, S_new, Hk, D) or, where q is packed, packed like it, (Tq, Hk, D). They are of the
+        dtype of k_cache and copied bit for bit; or float16, bfloat16 or float32 over a float8_e4m3fn cache, which
+        takes k_new / k_descale, 448 at most.
+      v_new: values to append, of the shape of k_new with Dv for D, and its dtype.
+      cache_seqlens: int32 (B,), or one int for all: the keys that each sequence has in the cache, before the new ones.
+      page_table: int32 (B, pages of a sequence): key j of sequence b is row j % page size of page
+        page_table[b, j // page size]. A page may have any number of rows.
+      cache_batch_idx: int32 (B,), for a dense cache of any batch: the row of it that each sequence has.
+      cache_leftpad: int32 (B,): the first keys of each sequence that do not count; positions stay as they are.
+      cu_seqlens_q: int32 (B + 1,), for packed q, as in `attention`.
+      max_seqlen_q: the longest query sequence if known, a hint for speed, as in `attention`.
+      rotary_cos: (positions, R / 2), float16, bfloat16 or float32: rotates the first R channels of k_new and q by the
+        position of each row; of q all rows by cache_seqlens, where neither `causal` nor a window is given. Positions
+        past the table use its last row. Needs k_new.
+      rotary_sin: the like of rotary_cos.
+      rotary_interleaved: whether channels 2i and 2i + 1 are a pair, else i and i + R / 2.
+      causal, window_size, softcap, softmax_scale, sinks, q_descale, k_descale, v_descale: as in `attention`; but
+        `causal` is True unless given.
+      num_splits: parts that the keys of a sequence are split into, which a GPU works on side by side; chosen unless
+        given. It changes results by rounding alone, and on the CPU nothing.
+      out_dtype, return_lse, implementation: as in `attention`.
+
+    Returns:
+      out, or (out, lse) with `return_lse`, as of `attention`; with k_new also k_cache and v_cache behind them, updated
+      in place when they are donated, for which there must be no other use of them.
+
+    Raises:
+      TypeError, ValueError: an argument is wrong; raised while tracing, names the argument, what was expected and came.
+      NotImplementedError: the request is right, and no kernel serves it, or none of the implementation asked for here;
+        or a gradient is asked for.
+
+    Source: FlashAttention's flash_attn_with_kvcache, https://github.com/Dao-AILab/flash-attention, whose names it has.
+    """
+    call = CacheCall(
+        q,
+        k_cache,
+        v_cache,
+        k_new,
+        v_new,
+        cache_seqlens=cache_seqlens,
+        page_table=page_table,
+        cache_batch_idx=cache_batch_idx,
+        cache_leftpad=cache_leftpad,
+        cu_seqlens_q=cu_seqlens_q,
+        max_seqlen_q=max_seqlen_q,
+        rotary_cos=rotary_cos,
+        rotary_sin=rotary_sin,
+        rotary_interleaved=rotary_interleaved,
+        causal=causal,
+        window_size=window_size,
+        softcap=softcap,
+        softmax_scale=softmax_scale,
+        sinks=sinks,
+        q_descale=q_descale,
+        k_descale=k_descale,
+        v_descale=v_descale,
+        num_splits=num_splits,
+        out_dtype=out_dtype,
+        return_lse=return_lse,
+        implementation=implementation,
+    )
+    validate_cache.check(call)
+    computed, operands, new = canonical.over_cache(call)
+    _check_machine(computed, operands)
+    if new is not None:
+        operands = operands.after(_appended(computed, new))
+    return canonical.restore_over_cache(call, operands, *_attended(computed, operands))
+
+
+# The primitives are imported where they are used, as launch is, for with the part of JAX that they need they take as
+# long as all the rest.
+
+
+def _attended(computed: Attention, operands: Operands) -> tuple[jax.Array, jax.Array]:
+    # Without a query, a key or a value there is nothing for a kernel to do.
+    if computed.implementation == "xla" or 0 in (*operands.q.shape, *operands.v.shape, operands.batch):
+        return reference.forward(computed, operands)
+    from jax_flash import primitive
+
+    return primitive.attend(computed, operands)
+
+
+def _appended(computed: Attention, new: Append) -> tuple[jax.Array, jax.Array, jax.Array]:
+    if computed.implementation == "xla" or 0 in (*new.q.shape, *new.k_new.shape, *new.k_cache.shape, new.batch):
+        return append.append(computed, new)
+    from jax_flash import primitive
+
+    return primitive.append(computed, new)
 
 
 def _check_machine(computed: Attention, operands: Operands) -> None:
     """Raises where an implementation asked for by name cannot run a call on this machine."""
+    if computed.implementation is None:
+        return
     from jax_flash import launch
 
     reason = None

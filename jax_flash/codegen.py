@@ -5,8 +5,9 @@ from __future__ import annotations
 import dataclasses
 import pathlib
 import re
+from collections.abc import Callable
 
-from jax_flash.spec import KernelSpec
+from jax_flash.spec import DecodeSpec, KernelSpec
 
 _ELEMENTS = {"float16": "Float16", "bfloat16": "BFloat16", "float8_e4m3fn": "Float8E4M3", "float32": "Float32"}
 _WGMMA_TYPES = {"float16": "f16", "bfloat16": "bf16", "float8_e4m3fn": "e4m3"}
@@ -14,16 +15,16 @@ _KERNELS = pathlib.Path(__file__).parent / "kernels"
 _INCLUDE = re.compile(r'^#include "([^"]+)"$', re.MULTILINE)
 
 
-def source(entry: str, spec: KernelSpec) -> str:
+def source(entry: str, spec: KernelSpec | DecodeSpec) -> str:
     """The text of kernels/`entry` with every include expanded, each once: NVRTC needs no include path."""
-    generated = {"spec.h": _spec_header(spec), "wgmma.h": _wgmma_header(spec)}
+    generated: dict[str, Callable] = {"spec.h": _spec_header, "wgmma.h": _wgmma_header}
     seen: set[str] = set()
 
     def expand(name: str) -> str:
         if name in seen:
             return ""
         seen.add(name)
-        text = generated.get(name) or (_KERNELS / name).read_text()
+        text = generated[name](spec) if name in generated else (_KERNELS / name).read_text()
         text = text.replace("#pragma once\n", "\n")  # lines keep their numbers
         position, parts = 0, [f'#line 1 "{name}"\n']
         for match in _INCLUDE.finditer(text):
@@ -35,7 +36,7 @@ def source(entry: str, spec: KernelSpec) -> str:
     return expand(entry)
 
 
-def _spec_header(spec: KernelSpec) -> str:
+def _spec_header(spec: KernelSpec | DecodeSpec) -> str:
     lines = []
     for name, value in dataclasses.asdict(spec).items():
         camel = "".join(word.capitalize() for word in name.split("_"))

@@ -10,9 +10,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from jax_flash import codegen, heuristics, jit
-from jax_flash.order import Order
-from jax_flash.spec import Attention, KernelSpec, Operands, Params
+from jax_flash import canonical, codegen, decode, heuristics, jit
+from jax_flash.order import Divisor, Order
+from jax_flash.spec import UNBOUNDED, Attention, DecodeSpec, KernelSpec, Operands, Params
 
 
 def register(platform: str) -> None:
@@ -61,7 +61,7 @@ def forward_cpu(attention: Attention, operands: Operands):
     register("cpu")
     params = Params.of(attention, operands)
     call = jax.ffi.ffi_call("jax_flash_cpu_forward", forward_result(attention, params))
-    return call(*operands.widened(), params=params_attribute(params))
+    return call(*operands, params=params_attribute(params))
 
 
 def backward_cpu(attention: Attention, operands: Operands, dout, lse, delta):
@@ -70,6 +70,14 @@ def backward_cpu(attention: Attention, operands: Operands, dout, lse, delta):
     results = [jax.ShapeDtypeStruct(x.shape, x.dtype) for x in operands[:3]]
     call = jax.ffi.ffi_call("jax_flash_cpu_backward", results)
     return call(*operands, dout, lse, delta, params=params_attribute(Params.of(attention, operands)))
+
+
+def write_cpu(cache, rows, group, row):
+    """The CPU handler of append.py's writes: the cache with each of `rows` in its place, in place if XLA lets it."""
+    register("cpu")
+    result = jax.ShapeDtypeStruct(cache.shape, cache.dtype)
+    call = jax.ffi.ffi_call("jax_flash_cpu_write", result, input_output_aliases={0: 0})
+    return call(cache, rows, group, row)
 
 
 # CUDA.
@@ -95,7 +103,8 @@ def why_not_served(attention: Attention, operands: Operands) -> str | None:
         return "the CUDA kernels take float16, bfloat16 and float8_e4m3fn, not float32."
     if attention.softcap > MAX_SOFTCAP:
         return f"the CUDA kernels take a softcap of at most {MAX_SOFTCAP:g}, not {attention.softcap:g}."
-    if max(operands.batch * operands.q.shape[2], *(math.prod(x.shape[:3]) for x in operands[:3])) >= MAX_ROWS:
+    counts = (math.prod(x.shape[:3]) for x in operands[:3])
+    if max(operands.batch * operands.q.shape[2], operands.capacity, *counts) >= MAX_ROWS:
         return (
             f"the CUDA kernels count in 32 bits, and the rows of all heads of q, k or v, or the heads of all "
             f"sequences, are {MAX_ROWS} or more."
@@ -191,8 +200,26 @@ def transpose_fp8_values(v):
     return v.transpose(0, 5, 6, 1, 3, 2, 4).reshape(groups, heads, columns, -1)
 
 
+def _mean_lengths(operands: Operands) -> tuple[float, float]:
+    """The average number of queries and of keys of a sequence, as far as shapes tell."""
+    queries, keys = (math.prod(x.shape[:2]) / operands.batch for x in (operands.q, operands.k))
+    return queries, keys if operands.has("cu_seqlens_k") else operands.capacity
+
+
+def _features(attention: Attention, operands: Operands) -> dict[str, bool]:
+    """The flags of a kernel."""
+    names = ("sinks", "page_table", "cache_batch_idx", "cache_leftpad", "seqused_q", "seqused_k")
+    return {name: operands.has(name) for name in names} | {
+        "softcap": attention.softcap > 0,
+        "packed_q": operands.has("cu_seqlens_q"),
+        "packed_k": operands.has("cu_seqlens_k"),
+        "lse": attention.return_lse,
+    }
+
+
 def kernel_specs(attention: Attention, operands: Operands) -> list[KernelSpec]:
-    """The kernels that could compute a call, the best first."""
+    """The kernels that could compute a call of many queries, the best first."""
+    mean_queries, mean_keys = _mean_lengths(operands)
     return heuristics.ranked(
         element=operands.q.dtype.name,
         kv_element=operands.k.dtype.name,
@@ -201,17 +228,11 @@ def kernel_specs(attention: Attention, operands: Operands) -> list[KernelSpec]:
         head_dim_v=operands.v.shape[-1],
         window_left=attention.window_left,
         window_right=attention.window_right,
-        softcap=attention.softcap > 0,
-        sinks=operands.has("sinks"),
-        packed_q=operands.has("cu_seqlens_q"),
-        packed_k=operands.has("cu_seqlens_k"),
-        seqused_q=operands.has("seqused_q"),
-        seqused_k=operands.has("seqused_k"),
-        lse=attention.return_lse,
-        mean_queries=math.prod(operands.q.shape[:2]) / operands.batch,
-        mean_keys=math.prod(operands.k.shape[:2]) / operands.batch,
+        mean_queries=mean_queries,
+        mean_keys=mean_keys,
         kv_rows=operands.k.shape[1],
         heads_of_kv=operands.q.shape[2] // operands.k.shape[2],
+        **_features(attention, operands),
     )
 
 
@@ -225,9 +246,17 @@ def compile_best(entry: str, specs: list[KernelSpec]) -> tuple[KernelSpec, jit.K
     return compiled[0]
 
 
-def forward_cuda(attention: Attention, operands: Operands, specs: list[KernelSpec] | None = None):
-    """The CUDA forward kernel: out and lse. `specs` are the kernels to choose from, else those of heuristics.py."""
-    register("cuda")
+def forward_cuda(attention: Attention, operands: Operands):
+    """The CUDA kernels: out and lse."""
+    if decode.serves(*_mean_lengths(operands), operands.q.shape[2] // operands.k.shape[2]):
+        return decode_cuda(attention, operands)
+    if operands.has("page_table"):
+        operands = canonical.gathered(operands)  # by XLA
+    return prefill_cuda(attention, operands)
+
+
+def prefill_cuda(attention: Attention, operands: Operands, specs: list[KernelSpec] | None = None):
+    """The kernel of many queries. `specs` are those to choose from, else those of heuristics.py."""
     spec, kernel = compile_best("forward.cu", specs or kernel_specs(attention, operands))
     params = Params.of(attention, operands)
     if not spec.widens:
@@ -251,21 +280,100 @@ def forward_cuda(attention: Attention, operands: Operands, specs: list[KernelSpe
     # CTAs draw their tiles; where each has one at most there is no counter, and no memset in front of a short kernel.
     tiles = _max_tiles(spec, params)
     grid = min(tiles, spec.ctas_per_sm * _multiprocessors())
-    draws = [jax.ShapeDtypeStruct((1,), jnp.int32)] if spec.packed_q and tiles > grid else []
-    call = jax.ffi.ffi_call("jax_flash_cuda_launch", [*results, *draws])
-    out, lse, *_ = call(
-        *operands,
-        cubin=np.frombuffer(kernel.cubin, np.uint8),
-        entry="forward",
-        tensor_maps=np.array([number for m in maps for number in m.flat()], np.int64),
-        grid=np.int64(grid),
-        threads=np.int64(spec.threads),
-        shared_bytes=np.int64(spec.shared_bytes),
-        draws=np.int64(len(draws)),
-        params=params_attribute(params),
-        order=np.array(Order.of(spec, params, grid, attention.max_seqlen_q).flat(), np.uint32).view(np.int32),
+    counters = [jax.ShapeDtypeStruct((1,), jnp.int32)] if spec.packed_q and tiles > grid else []
+    out, lse, *_ = _launch(
+        kernel,
+        "forward",
+        operands,
+        [*results, *counters],
+        params,
+        maps=maps,
+        grid=grid,
+        threads=spec.threads,
+        shared_bytes=spec.shared_bytes,
+        counters=2 if counters else -1,
+        order=Order.of(spec, params, grid, attention.max_seqlen_q).flat(),
     )
     return out, lse
+
+
+def decode_cuda(attention: Attention, operands: Operands, spec: DecodeSpec | None = None):
+    """The kernel of few queries."""
+    params = Params.of(attention, operands)
+    group = params.heads // params.kv_heads
+    rows = _mean_lengths(operands)[0] * group
+    tile_m = decode.tile_m(rows)
+    if not operands.k.shape[-1] % 16 == operands.v.shape[-1] % 16 == 0:  # rows of FP8 that TMA does not take
+        operands = operands.widened()
+    if operands.has("cu_seqlens_q"):  # each sequence, and the rows around them in a group, may end in a partial tile
+        m_blocks, tiles = 1, params.q_groups * params.q_rows * group // tile_m + params.batch + 2 * params.q_groups
+    else:
+        m_blocks = -(-params.q_rows * group // tile_m)
+        tiles = params.batch * m_blocks
+    keys = operands.capacity
+    if UNBOUNDED not in (attention.window_left, attention.window_right):
+        keys = min(keys, attention.window_left + attention.window_right + math.ceil(rows / group))
+    tiles *= params.kv_heads
+    splits = attention.num_splits or decode.splits(tiles, keys, _multiprocessors())
+    spec = spec or decode.decode_spec(
+        element=operands.q.dtype.name,
+        kv_element=operands.k.dtype.name,
+        out=attention.out_dtype,
+        head_dim=params.head_dim,
+        head_dim_v=params.head_dim_v,
+        window_left=attention.window_left != UNBOUNDED,
+        window_right=attention.window_right != UNBOUNDED,
+        rows=rows,
+        tiles=tiles,
+        page_size=params.kv_rows if operands.has("page_table") else None,
+        num_splits=splits,
+        multiprocessors=_multiprocessors(),
+        **_features(attention, operands),
+    )
+    items = tiles * splits
+    counted = spec.draws or spec.partial
+    part_floats = spec.tile_m * (spec.head_dim_v + 2)
+    results = [
+        *forward_result(attention, params),
+        jax.ShapeDtypeStruct((1 + tiles if counted else 0,), jnp.int32),
+        jax.ShapeDtypeStruct((items * part_floats if spec.partial else 0,), jnp.float32),
+    ]
+    size = operands.k.dtype.itemsize
+    divisors = [Divisor.of(x) for x in (splits, m_blocks, params.kv_heads, group)]
+    out, lse, *_ = _launch(
+        jit.compile(codegen.source("decode.cu", spec)),
+        "decode",
+        operands,
+        results,
+        params,
+        # The kernel reads Q by itself.
+        maps=[_rows_map(i, operands[i].shape, size, spec.box_keys) for i in (1, 1, 2)],
+        grid=min(items, _multiprocessors()) if spec.draws else items,
+        threads=spec.threads,
+        shared_bytes=spec.shared_bytes,
+        cluster=spec.cluster,
+        counters=2 if counted else -1,
+        order=[items, *(number for divisor in divisors for number in divisor)],
+    )
+    return out, lse
+
+
+def _launch(kernel, entry, operands, results, params, *, maps, grid, threads, shared_bytes, counters, order, cluster=1):
+    """The call of a compiled kernel; `counters` is the result that is 0 when it begins, or -1."""
+    register("cuda")
+    return jax.ffi.ffi_call("jax_flash_cuda_launch", results)(
+        *operands,
+        cubin=np.frombuffer(kernel.cubin, np.uint8),
+        entry=entry,
+        tensor_maps=np.array([number for m in maps for number in m.flat()], np.int64),
+        grid=np.int64(grid),
+        cluster=np.int64(cluster),
+        threads=np.int64(threads),
+        shared_bytes=np.int64(shared_bytes),
+        counters=np.int64(counters),
+        params=params_attribute(params),
+        order=np.array(order, np.uint32).view(np.int32),
+    )
 
 
 def _max_tiles(spec: KernelSpec, params: Params) -> int:

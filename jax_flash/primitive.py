@@ -1,4 +1,4 @@
-"""The JAX primitives forward_p and backward_p: abstract evaluation, batching and lowering; and the gradient."""
+"""The JAX primitives append_p, forward_p and backward_p: abstract evaluation, batching, lowering; and the gradient."""
 
 from __future__ import annotations
 
@@ -12,8 +12,15 @@ import numpy as np
 from jax.extend import core
 from jax.interpreters import ad, batching, mlir
 
+from jax_flash import append as definition
 from jax_flash import launch, reference
-from jax_flash.spec import Attention, Operands, Params
+from jax_flash.spec import Append, Attention, Operands, Params
+
+
+def append(attention: Attention, arrays: Append) -> tuple[jax.Array, jax.Array, jax.Array]:
+    """What append.py defines."""
+    q, k_cache, v_cache = append_p.bind(*arrays, attention=attention)
+    return q, k_cache, v_cache
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
@@ -95,6 +102,11 @@ def _second_derivative(*_, **__):
 # Abstract evaluation.
 
 
+def _append_abstract(*arrays, attention: Attention):
+    arrays = Append(*arrays)
+    return [jax.core.ShapedArray(x.shape, x.dtype) for x in (arrays.q, arrays.k_cache, arrays.v_cache)]
+
+
 def _forward_abstract(*arrays, attention: Attention):
     results = launch.forward_result(attention, Params.of(attention, Operands(*arrays)))
     return [jax.core.ShapedArray(x.shape, x.dtype) for x in results]
@@ -106,11 +118,15 @@ def _backward_abstract(*arrays, attention: Attention):
 
 # Batching: every operand leads with groups or sequences, so a mapped axis folds into its leading axis.
 
-_SHARED = ("scale", "v_scale", "sinks")
+_SHARED = ("scale", "v_scale", "sinks", "rotary_cos", "rotary_sin", "k_descale", "v_descale")
 """Operands whose leading axis may be 1 and then stands for every sequence."""
 
+_INDICES = ("page_table", "cache_batch_idx")
+"""Operands whose entries are groups of keys and values."""
 
-def _batch(primitive, arrays, axes, *, attention: Attention):
+
+def _batch(primitive, kind, arrays, axes, *, attention: Attention):
+    """The batching rule of a primitive of `kind`, Operands or Append."""
     size = next(x.shape[axis] for x, axis in zip(arrays, axes, strict=True) if axis is not None)
     one = [
         x if axis is None else jax.ShapeDtypeStruct(np.delete(x.shape, axis), x.dtype)
@@ -119,16 +135,34 @@ def _batch(primitive, arrays, axes, *, attention: Attention):
     if size == 0:  # an empty array would look like an absent operand
         results = jax.eval_shape(functools.partial(primitive.bind, attention=attention), *one)
         return [jnp.zeros((0, *x.shape), x.dtype) for x in results], [0 for _ in results]
-    batch = Operands(*one[: len(Operands._fields)]).batch
-    names = (*Operands._fields, "dout", "lse", "delta")
-    folded = [
-        _fold(x, axis, size, batch if name in _SHARED else None)
-        for name, x, axis in zip(names, arrays, axes, strict=False)  # the forward takes the operands alone
-    ]
-    results = primitive.bind(*folded, attention=attention)
+    batch = kind(*one[: len(kind._fields)]).batch
+    names = (*kind._fields, "dout", "lse", "delta")[: len(arrays)]  # the last three are the backward's
+    arrays, axes = dict(zip(names, arrays, strict=True)), dict(zip(names, axes, strict=True))
+    index = next((name for name in _INDICES if arrays[name].size), None)
+    # A cache that all share stays one, unless each writes into its own.
+    stays = ("k", "v") if index and kind is Operands and axes["k"] is None and axes["v"] is None else ()
+    folded = {
+        name: x if name in stays else _fold(x, axes[name], size, batch if name in _SHARED else None)
+        for name, x in arrays.items()
+    }
+    if index and not stays:
+        cache = folded["k" if kind is Operands else "k_cache"]
+        folded[index] = _in_own_cache(folded[index], size, cache.shape[0] // size, reads=kind is Operands)
+    results = primitive.bind(*folded.values(), attention=attention)
     # An empty result, the LSE that nobody asked for, has no axis to map.
     unfolded = [x.reshape(size, -1, *x.shape[1:]) if x.size else x for x in results]
     return unfolded, [0 if x.size else None for x in results]
+
+
+def _in_own_cache(index, size, groups, reads):
+    """Indices into a cache of `groups`, folded, as indices into `size` such caches, each into its own.
+
+    What leads outside must not lead into another: it is clamped by who reads, and dropped, being -1, by who writes.
+    """
+    index_of_one = index.reshape(size, -1)
+    within = jnp.clip(index_of_one, 0, groups - 1)
+    moved = within + groups * jnp.arange(size, dtype=index.dtype)[:, None]
+    return jnp.where(reads | (index_of_one == within), moved, -1).reshape(index.shape)
 
 
 def _fold(x, axis, size, batch):
@@ -155,6 +189,14 @@ def _fold(x, axis, size, batch):
 @functools.cache
 def _warn_reference(reason: str) -> None:
     warnings.warn(f"jax_flash.attention runs as plain jnp here: {reason}", stacklevel=2)
+
+
+def _append_cpu(*arrays, attention: Attention):
+    return definition.append(attention, Append(*arrays), launch.write_cpu)
+
+
+def _append_elsewhere(*arrays, attention: Attention):
+    return definition.append(attention, Append(*arrays))
 
 
 def _forward_cuda(*arrays, attention: Attention):
@@ -209,22 +251,40 @@ def _compiled(primitive, attention):
     return jax.jit(functools.partial(primitive.bind, attention=attention))
 
 
-def _primitive(name, abstract, *, cpu, cuda, elsewhere):
+def _primitive(name, kind, abstract, *, cpu, cuda, elsewhere):
     primitive = core.Primitive(name)
     primitive.multiple_results = True
     primitive.def_impl(functools.partial(_run, primitive))
     primitive.def_abstract_eval(abstract)
     ad.primitive_jvps[primitive] = _second_derivative
-    batching.primitive_batchers[primitive] = functools.partial(_batch, primitive)
+    batching.primitive_batchers[primitive] = functools.partial(_batch, primitive, kind)
     mlir.register_lowering(primitive, _for("cpu", cpu), platform="cpu")
     mlir.register_lowering(primitive, _for("cuda", cuda), platform="cuda")
     mlir.register_lowering(primitive, _for(None, elsewhere))
     return primitive
 
 
+append_p = _primitive(
+    "jax_flash_append",
+    Append,
+    _append_abstract,
+    cpu=_append_cpu,
+    cuda=_append_elsewhere,
+    elsewhere=_append_elsewhere,
+)
 forward_p = _primitive(
-    "jax_flash_forward", _forward_abstract, cpu=_forward_cpu, cuda=_forward_cuda, elsewhere=_forward_elsewhere
+    "jax_flash_forward",
+    Operands,
+    _forward_abstract,
+    cpu=_forward_cpu,
+    cuda=_forward_cuda,
+    elsewhere=_forward_elsewhere,
 )
 backward_p = _primitive(
-    "jax_flash_backward", _backward_abstract, cpu=_backward_cpu, cuda=_backward_elsewhere, elsewhere=_backward_elsewhere
+    "jax_flash_backward",
+    Operands,
+    _backward_abstract,
+    cpu=_backward_cpu,
+    cuda=_backward_elsewhere,
+    elsewhere=_backward_elsewhere,
 )

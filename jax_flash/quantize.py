@@ -87,8 +87,12 @@ def quantize_fp8(
     if cu_seqlens is not None:
         of_sequence = jnp.broadcast_to(scale, largest.shape)[:, 0]
         scale = jnp.pad(of_sequence, ((1, 1), (0, 0)), constant_values=1)[segment]
-    x8 = jnp.clip(x * scale[..., None], -LARGEST, LARGEST).astype(jnp.float8_e4m3fn)
-    return x8, unit.squeeze(shared)
+    return to_fp8(x * scale[..., None]), unit.squeeze(shared)
+
+
+def to_fp8(x) -> jax.Array:
+    """The nearest float8_e4m3fn of each number: 448 or -448 beyond these, NaN for NaN."""
+    return jnp.clip(x, -LARGEST, LARGEST).astype(jnp.float8_e4m3fn)
 
 
 def rotated(x) -> jax.Array:

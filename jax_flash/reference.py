@@ -14,8 +14,8 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 
-from jax_flash import canonical, validate
-from jax_flash.spec import UNBOUNDED, Attention, Call, Operands
+from jax_flash import append, canonical, validate, validate_cache
+from jax_flash.spec import UNBOUNDED, Attention, CacheCall, Call, Operands
 
 BLOCK_SCORES = 2**25
 """Scores of one block of query rows over all groups and heads: 128 MiB in float32."""
@@ -33,6 +33,17 @@ def attention(q, k, v, **arguments: Any):
     call = dataclasses.replace(Call(q, k, v, **arguments), implementation="xla")
     validate.check(call)
     return canonical.restore(call, *forward(*canonical.canonical(call)))
+
+
+def attention_with_kv_cache(q, k_cache, v_cache, k_new=None, v_new=None, **arguments: Any):
+    """`jax_flash.attention_with_kv_cache` by its definition, in the same way."""
+    call = CacheCall(q, k_cache, v_cache, k_new, v_new, **arguments)
+    call = dataclasses.replace(call, implementation="xla")
+    validate_cache.check(call)
+    attention, operands, new = canonical.over_cache(call)
+    if new is not None:
+        operands = operands.after(append.append(attention, new))
+    return canonical.restore_over_cache(call, operands, *forward(attention, operands))
 
 
 def forward(attention: Attention, operands: Operands, compute_dtype=None) -> tuple[jax.Array, jax.Array]:
@@ -56,6 +67,7 @@ def forward(attention: Attention, operands: Operands, compute_dtype=None) -> tup
 
 
 def _forward(attention, operands, compute_dtype):
+    operands = canonical.gathered(operands)
     real = jnp.result_type(float)
     rounded = functools.partial(_rounded, dtype=compute_dtype)
     rows, keys = _rows_and_keys(operands, real)
@@ -173,36 +185,23 @@ def sequence_index(operands: Operands) -> tuple[jax.Array, jax.Array]:
 
 def _sides(operands):
     """For q and for k: sequence and position of each row (groups, rows), and the used length of each sequence (B,)."""
+    nothing = jnp.zeros((operands.batch,), jnp.int32)
+    leftpad = operands.cache_leftpad if operands.has("cache_leftpad") else nothing
     return (
-        _locate(operands, operands.q, operands.cu_seqlens_q, operands.seqused_q),
-        _locate(operands, operands.k, operands.cu_seqlens_k, operands.seqused_k),
+        _locate(operands, operands.q, operands.cu_seqlens_q, operands.seqused_q, nothing),
+        _locate(operands, operands.k, operands.cu_seqlens_k, operands.seqused_k, leftpad),
     )
 
 
-def _groups(operands) -> int:
-    """Groups common to q and k: those of the packed side."""
-    return next((cu.shape[0] for cu in (operands.cu_seqlens_q, operands.cu_seqlens_k) if cu.size), operands.q.shape[0])
-
-
-def _locate(operands, x, cu_seqlens, seqused):
-    groups = _groups(operands)
-    rows = x.shape[0] * x.shape[1] // groups
-    count = operands.batch // groups
-    row = jnp.arange(rows, dtype=jnp.int32)
-    if cu_seqlens.size:
-        bounds, segment = canonical.segments(cu_seqlens, rows)
-        sequence = jnp.clip(segment - 1, 0, count - 1)
-    else:
-        bounds = jnp.broadcast_to(x.shape[1] * jnp.arange(count + 1, dtype=jnp.int32), (groups, count + 1))
-        sequence = jnp.broadcast_to(row // x.shape[1], (groups, rows))
-    lengths = jnp.diff(bounds)
+def _locate(operands, x, cu_seqlens, seqused, first):
+    sequence, position, lengths = canonical.located(x.shape[:2], cu_seqlens, operands.batch)
     if seqused.size:
-        lengths = jnp.clip(seqused.reshape(groups, count), 0, lengths)
-
-    position = row[None] - jnp.take_along_axis(bounds, sequence, axis=1, mode="clip")
-    used = (position >= 0) & (position < jnp.take_along_axis(lengths, sequence, axis=1, mode="clip"))
-    first = count * jnp.arange(groups, dtype=jnp.int32)[:, None]
-    return jnp.where(used, first + sequence, -1), position, lengths.reshape(-1)
+        lengths = jnp.clip(seqused, 0, lengths)
+    used = (sequence >= 0) & (position >= first[sequence]) & (position < lengths[sequence])
+    # Groups common to q and k: those of the packed side.
+    packed = (cu.shape[0] for cu in (operands.cu_seqlens_q, operands.cu_seqlens_k) if cu.size)
+    groups = next(packed, operands.q.shape[0])
+    return jnp.where(used, sequence, -1).reshape(groups, -1), position.reshape(groups, -1), lengths
 
 
 def _rows_and_keys(operands: Operands, dtype) -> tuple[_Rows, _Keys]:

@@ -52,7 +52,82 @@ def attention(arguments: dict, low=None, real=np.float64):
             weights = rounded(real(PROBABILITY_UNIT) * weights, dtype) / real(PROBABILITY_UNIT)
             weights /= np.where(total == 0, 1, total)[:, None]
             out[block, h] = v_scale * (weights @ head_v)
-    return out.reshape(*q.shape[:-1], -1), np.swapaxes(lse.reshape(q.shape[:-1]), -1, -2)
+    return out.reshape(*q.shape[:-1], v.shape[-1]), np.swapaxes(lse.reshape(q.shape[:-1]), -1, -2)
+
+
+def over_cache(arguments: dict) -> tuple[dict, np.ndarray, np.ndarray]:
+    """The arguments of `attention` that give what those of `attention_with_kv_cache` do; and the caches, written to.
+
+    The keys of each sequence that count are packed. Those that do not come first, so all others keep their distance
+    from the last, from which positions are counted there.
+    """
+    arguments = dict(arguments)
+    caches = {name: arguments.pop(f"{name}_cache").copy() for name in "kv"}
+    new = {name: arguments.pop(f"{name}_new") for name in "kv" if f"{name}_new" in arguments}
+    table, index = arguments.pop("page_table", None), arguments.pop("cache_batch_idx", None)
+    cos, sin = arguments.pop("rotary_cos", None), arguments.pop("rotary_sin", None)
+    interleaved = arguments.pop("rotary_interleaved", False)
+    arguments.pop("num_splits", None)
+    q, boundaries = arguments["q"], arguments.get("cu_seqlens_q")
+    q_rows = rows_of_sequences(q, boundaries)
+    groups, size = caches["k"].shape[:2]
+    capacity = size if table is None else size * table.shape[1]
+    lengths = np.clip(np.broadcast_to(arguments.pop("cache_seqlens"), len(q_rows)), 0, capacity)
+
+    def place(b, position):
+        """Group and row of a position of sequence b, as the index arrays say."""
+        if table is not None:
+            return table[b, position // size], position % size
+        return b if index is None else index[b], position
+
+    if cos is not None:
+        q = arguments["q"] = q.copy()
+        flat_q = q.reshape(-1, *q.shape[-2:])
+        left, right = arguments.get("window_size", (-1, -1))
+        by_row = arguments.get("causal", True) or max(left, right) >= 0
+        for b, rows in enumerate(q_rows):
+            for i, row in enumerate(range(rows.start, rows.stop)):
+                turned = _turned(flat_q[row], lengths[b] + (i if by_row else 0), cos, sin, interleaved)
+                flat_q[row] = _stored(turned, q.dtype)
+    if new:
+        new_rows = rows_of_sequences(new["k"], boundaries if new["k"].ndim == 3 else None)
+        flat = {name: x.reshape(-1, *x.shape[-2:]) for name, x in new.items()}
+        for (b, rows), name in itertools.product(enumerate(new_rows), "kv"):
+            cache = caches[name]
+            for position, row in enumerate(flat[name][rows], lengths[b]):
+                if position >= capacity or not 0 <= place(b, position)[0] < groups:
+                    continue
+                if name == "k" and cos is not None:
+                    row = _turned(row, position, cos, sin, interleaved)
+                if new[name].dtype != cache.dtype:
+                    descale = np.asarray(arguments.get(f"{name}_descale", 1.0), np.float32)
+                    descale = descale[b] if descale.ndim else descale
+                    row = row.astype(np.float32) * (1 / descale)[..., None]
+                cache[place(b, position)] = _stored(row, cache.dtype)
+        lengths = np.minimum(lengths + [rows.stop - rows.start for rows in new_rows], capacity)
+    first = np.clip(arguments.pop("cache_leftpad", np.zeros_like(lengths)), 0, lengths)
+    for name, cache in caches.items():
+        places = [place(b, i) for b, length in enumerate(lengths) for i in range(first[b], length)]
+        rows = [cache[min(max(group, 0), groups - 1), row] for group, row in places]
+        arguments[name] = np.stack(rows) if rows else np.zeros((0, *cache.shape[2:]), cache.dtype)
+    arguments["cu_seqlens_k"] = np.cumsum([0, *(lengths - first)]).astype(np.int32)
+    return {"causal": True} | arguments, caches["k"], caches["v"]
+
+
+def _turned(x, position, cos, sin, interleaved):
+    """x (heads, D) with its first channels rotated by a row of the tables, float32."""
+    cos, sin = (table[min(position, len(table) - 1)].astype(np.float32) for table in (cos, sin))
+    first = np.arange(len(cos)) * (2 if interleaved else 1)
+    second = first + (1 if interleaved else len(cos))
+    x = x.astype(np.float32)
+    turned = x.copy()
+    turned[:, first] = x[:, first] * cos - x[:, second] * sin
+    turned[:, second] = x[:, first] * sin + x[:, second] * cos
+    return turned
+
+
+def _stored(x, dtype):
+    return np.clip(x, -448, 448).astype(dtype) if dtype == "float8_e4m3fn" and x.dtype != dtype else x.astype(dtype)
 
 
 def _visible(arguments: dict, aligned, keys: int):

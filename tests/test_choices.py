@@ -60,7 +60,7 @@ def test_choice(case, choices):
     attention, operands = canonical.canonical(call)
     spec = heuristics.with_choices(launch.kernel_specs(attention, operands)[0], **choices)
     assert spec.shared_bytes <= heuristics.SHARED_LIMIT
-    forward = jax.jit(lambda *arrays: launch.forward_cuda(attention, Operands(*arrays), [spec]))
+    forward = jax.jit(lambda *arrays: launch.prefill_cuda(attention, Operands(*arrays), [spec]))
     results = canonical.restore(call, *forward(*operands))
     check(arguments, *(results if call.return_lse else (results,)))
 
@@ -73,7 +73,7 @@ def test_values_transposed_by_whomever_give_the_same_bits():
 
     def forward(transposes):
         chosen = heuristics.with_choices(spec, tile_m=128, tile_n=64, transposes=transposes)
-        return jax.jit(lambda *arrays: launch.forward_cuda(attention, Operands(*arrays), [chosen]))(*operands)
+        return jax.jit(lambda *arrays: launch.prefill_cuda(attention, Operands(*arrays), [chosen]))(*operands)
 
     jax.tree.map(np.testing.assert_array_equal, forward(False), forward(True))
 

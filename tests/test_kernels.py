@@ -13,12 +13,13 @@ import numpy as np
 import pytest
 from cases import CASES, Case
 
-from jax_flash import _ffi, canonical, codegen, heuristics, launch
+from jax_flash import _ffi, canonical, codegen, decode, heuristics, jit, launch
 from jax_flash.spec import UNBOUNDED, Call, KernelSpec, Params
 
 OUT = {"float16": "float16", "bfloat16": "bfloat16", "float8_e4m3fn": "bfloat16"}
 WINDOWS = {"full": (UNBOUNDED, UNBOUNDED), "causal": (UNBOUNDED, 0), "causal-left": (5000, 0), "narrow": (500, 0)}
-FEATURES = ("softcap", "sinks", "packed_q", "packed_k", "seqused_q", "seqused_k", "lse")
+FEATURES = ("softcap", "sinks", "packed_q", "packed_k", "seqused_q", "seqused_k", "cache_leftpad", "lse")
+DECODE_FEATURES = ("page_table", "cache_batch_idx", "window_left", "window_right")
 
 
 def of_case(case: Case) -> list[KernelSpec]:
@@ -52,6 +53,8 @@ def of_grid(
         mean_keys=keys,
         kv_rows=keys,
         heads_of_kv=heads_of_kv,
+        page_table=False,
+        cache_batch_idx=False,
         **{name: name in features for name in FEATURES},
     )
 
@@ -95,6 +98,45 @@ def kernels():
         asked.append((f"spills-d{head_dim}-{window}-{'-'.join(features)}", specs))
     distinct = {kind(specs[0]): (name, specs) for name, specs in reversed(asked)}
     return [pytest.param(specs, id=name) for name, specs in distinct.values()]
+
+
+def decode_kernels():
+    """Decode kernels of every pair of dtypes, head dim and height of a tile, plain and with everything, by turns."""
+    plain = dict.fromkeys((*DECODE_FEATURES, *FEATURES), False)
+    everything = dict.fromkeys(plain, True) | {"packed_k": False, "cache_batch_idx": False}
+    turns = itertools.cycle((plain, everything, everything))
+    kernels = []
+    dims = (*((d, d) for d in heuristics.HEAD_DIMS), (64, 256), (192, 128))
+    for (element, kv_element), (head_dim, head_dim_v), rows in itertools.product(
+        (("bfloat16", "bfloat16"), ("bfloat16", "float8_e4m3fn"), ("float8_e4m3fn", "float8_e4m3fn")),
+        dims,
+        decode.TILES_M,
+    ):
+        features = next(turns)
+        spec = decode.decode_spec(
+            element=element,
+            kv_element=kv_element,
+            out=OUT[element],
+            head_dim=head_dim,
+            head_dim_v=head_dim_v,
+            rows=rows,
+            tiles=3,
+            page_size=16 if features["page_table"] else None,
+            num_splits=(1, 4, 40)[rows % 3],
+            multiprocessors=132,
+            **features,
+        )
+        kernels.append(pytest.param(spec, id=f"{element}-over-{kv_element}-d{head_dim}-{head_dim_v}-m{rows}"))
+    return kernels
+
+
+@pytest.mark.parametrize("spec", decode_kernels())
+def test_decode_compiles_without_a_spill(spec):
+    assert spec.shared_bytes <= heuristics.SHARED_LIMIT
+    kernel = jit.compile(codegen.source("decode.cu", spec))
+    assert kernel.spill_bytes == 0, f"{spec}\n{kernel.log}"
+    # Registers are given to warps by the quarters of an SM.
+    assert kernel.registers * 32 * -(-spec.threads // 128) * 4 <= 2**16
 
 
 # Of an instruction of compute capability 9.0: the last 12 bits of the first of its 16 bytes.

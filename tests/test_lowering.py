@@ -42,7 +42,7 @@ def test_cuda_calls_a_kernel(dtype, packed):
     assert text.count(f"custom_call @{CUDA_CALL}") == 1
     assert CPU_CALL not in text
     # Packed queries alone count what CTAs draw, in one more result.
-    assert ("draws = 1 : i64" in text) == packed
+    assert ("counters = 2 : i64" in text) == packed
     assert ("tensor<1xi32>" in text) == packed
 
 

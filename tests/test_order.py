@@ -55,7 +55,7 @@ def call(head_dim: int, length: int, batch: int, heads: int, causal: bool) -> tu
     """The best kernel of a call, and its numbers."""
     rows = jax.ShapeDtypeStruct((batch, length, heads, head_dim), jnp.bfloat16)
     scale = jax.ShapeDtypeStruct((1, 1), jnp.float32)
-    operands = Operands(rows, rows, rows, scale, scale, *[jax.ShapeDtypeStruct((0,), jnp.int32)] * 5)
+    operands = Operands(rows, rows, rows, scale, scale, *[jax.ShapeDtypeStruct((0,), jnp.int32)] * 8)
     attention = Attention(window_right=0 if causal else UNBOUNDED, out_dtype="bfloat16")
     return launch.kernel_specs(attention, operands)[0], Params.of(attention, operands)
 

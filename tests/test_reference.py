@@ -15,7 +15,7 @@ from tolerance import run
 
 import jax_flash
 from jax_flash import canonical, reference
-from jax_flash.spec import Call
+from jax_flash.spec import CacheCall, Call
 
 SMALL = [case for case in FEATURES if case.dtype == "float32"] + [
     Case(id=f"{layout}-{feature}", dtype=dtype, heads=4, head_dim=24, head_dim_v=16, **shape, **options)
@@ -84,12 +84,14 @@ def test_attention_xla_is_the_reference():
         np.testing.assert_allclose(np.asarray(x, np.float32), np.asarray(y, np.float32), rtol=1e-2, atol=1e-2)
 
 
-def test_the_call_has_the_arguments_and_defaults_of_attention():
-    public, call = (
-        [(x.name, x.kind, x.default) for x in inspect.signature(function).parameters.values()]
-        for function in (jax_flash.attention, Call)
-    )
-    assert public == call
+@pytest.mark.parametrize(
+    ("function", "call"), [(jax_flash.attention, Call), (jax_flash.attention_with_kv_cache, CacheCall)]
+)
+def test_calls_have_the_arguments_and_defaults_of_the_functions(function, call):
+    public, own = (inspect.signature(x).parameters.values() for x in (function, call))
+    assert {x.name: (x.kind, x.default) for x in public} == {x.name: (x.kind, x.default) for x in own}
+    positional = [[x.name for x in side if x.kind is x.POSITIONAL_OR_KEYWORD] for side in (public, own)]
+    assert positional[0] == positional[1]
 
 
 def test_sequence_index():

@@ -15,8 +15,9 @@ FP8_LSE_TOLERANCE = 2**-11
 
 
 def run(arguments: dict, **more):
-    """`jax_flash.attention` under jit: arrays are traced, everything else is static."""
-    return jax.jit(lambda arrays: jax_flash.attention(**(arguments | arrays), **more))(_arrays(arguments))
+    """The function that has these arguments, under jit: arrays are traced, everything else is static."""
+    function = jax_flash.attention_with_kv_cache if "k_cache" in arguments else jax_flash.attention
+    return jax.jit(lambda arrays: function(**(arguments | arrays), **more))(_arrays(arguments))
 
 
 def _arrays(arguments: dict) -> dict:

@@ -18,9 +18,14 @@ struct Operands {
   const int* cu_seqlens_k;
   const int* seqused_q;
   const int* seqused_k;
+  const int* page_table;
+  const int* cache_batch_idx;
+  const int* cache_leftpad;
   void* out;
   float* lse;
-  int* draws;  // of packed queries: tiles drawn, 0 at first; null where every CTA has one tile at most
+  int* counters;  // 0 at first: of tiles drawn, null where every CTA has one at most; in decode.cu then of finished
+                  // splits
+  float* parts;   // in decode.cu, what splits made of their keys
 };
 
 struct TensorMaps {

@@ -158,8 +158,8 @@ class ValuePreparer {
     shared_.v_landed[slot].wait(phases_ >> slot & 1);
     phases_ ^= 1 << slot;
     const bool clear = clears(tile, block);
-    const int first = first_key_in(tile, block);
-    const int last = first + tile.kv_len;
+    const int first = first_used_in(tile, block);
+    const int last = last_used_in(tile, block);
     if constexpr (spec::kTransposes) {
       transpose_values(shared_.v[slot], warp_, clear, first, last);
     } else {

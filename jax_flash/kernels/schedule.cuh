@@ -2,13 +2,10 @@
 //
 // Dense queries: in rounds, as jax_flash/order.py chose. Packed sequences have any lengths: there a CTA draws its next
 // tile from a counter when it begins another. What a tile computes does not depend on who does.
-//
-// Index arrays are read as they are defined for all platforms: the boundaries of a group are the running maximum of its
-// cu_seqlens, clamped to [0, rows], and lengths are clamped to the sequence. So no value leads outside a buffer, and
-// sequences never overlap.
 #pragma once
 
 #include "hopper/warp.cuh"
+#include "keys.cuh"
 #include "operands.cuh"
 #include "order.cuh"
 #include "params.h"
@@ -16,20 +13,6 @@
 #include "tile.cuh"
 
 namespace jax_flash {
-
-__device__ __forceinline__ int clamp(int x, int low, int high) { return max(low, min(x, high)); }
-
-__device__ __forceinline__ int ceil_div(int x, int y) { return (x + y - 1) / y; }
-
-// Boundary i of a group that cu_seqlens cuts: the running maximum of the array. All lanes take part.
-__device__ __forceinline__ int boundary(const int* cu_seqlens, int i, int rows) {
-  int largest = 0;
-  for (int j = lane_index(); j <= i; j += kWarpSize) largest = max(largest, __ldg(cu_seqlens + j));
-  for (int distance = kWarpSize / 2; distance > 0; distance /= 2) {
-    largest = max(largest, __shfl_xor_sync(kAllLanes, largest, distance));
-  }
-  return min(largest, rows);
-}
 
 // Dense queries: rounds.
 class DenseSchedule {
@@ -153,7 +136,7 @@ class PackedSchedule {
     int index = blockIdx.x;
     if (drew_) {
       index = 0x7fffffff;
-      if (operands_.draws != nullptr && lane_index() == 0) index = gridDim.x + atomicAdd(operands_.draws, 1);
+      if (operands_.counters != nullptr && lane_index() == 0) index = gridDim.x + atomicAdd(operands_.counters, 1);
       index = uniform(index);
     }
     drew_ = true;
@@ -178,32 +161,19 @@ __device__ __forceinline__ bool cut_alike(const Operands& operands, const Params
 // The used lengths of the tile's sequence, and where its keys lie.
 __device__ __forceinline__ void find_keys(Tile& tile, const Operands& operands, const Params& params) {
   const int sequence = tile.sequence;
-  int kv_group = 0;
-  int kv_row = 0;
-  int kv_len = 0;
-  if (sequence >= 0) {
-    kv_group = sequence;
-    kv_len = params.kv_rows;
-    if (cut_alike(operands, params)) {
-      kv_group = tile.q_group;
-      kv_row = tile.q_row - tile.q_index;
-      kv_len = tile.q_len;
-    } else if constexpr (spec::kPackedK) {
-      const int sequences = opaque(params.batch) / params.kv_groups;
-      kv_group = sequence / sequences;
-      const int in_group = sequence - kv_group * sequences;
-      const int* cu_seqlens = operands.cu_seqlens_k + static_cast<i64>(kv_group) * (sequences + 1);
-      kv_row = boundary(cu_seqlens, in_group, params.kv_rows);
-      kv_len = max(kv_row, min(__ldg(cu_seqlens + in_group + 1), params.kv_rows)) - kv_row;
-    }
-    if constexpr (spec::kSequsedK) kv_len = clamp(__ldg(operands.seqused_k + sequence), 0, kv_len);
+  Keys keys{};
+  if (sequence >= 0 && cut_alike(operands, params)) {
+    keys = used_keys(sequence, {tile.q_group, tile.q_row - tile.q_index, tile.q_len}, operands);
+  } else {
+    keys = keys_of(sequence, operands, params);
   }
   __syncwarp();
   if (lane_index() == 0) {
     if (spec::kSequsedQ && sequence >= 0) tile.q_len = clamp(__ldg(operands.seqused_q + sequence), 0, tile.q_len);
-    tile.kv_group = kv_group;
-    tile.kv_row = kv_row;
-    tile.kv_len = kv_len;
+    tile.kv_group = keys.group;
+    tile.kv_row = keys.row;
+    tile.kv_len = keys.len;
+    tile.kv_first = keys.first;
   }
   __syncwarp();
 }

@@ -45,7 +45,7 @@ struct Pipe {
 };
 
 // Whether rows around the used keys may hold anything.
-constexpr bool kClears = spec::kPackedK || spec::kSequsedK;
+constexpr bool kClears = spec::kPackedK || spec::kSequsedK || spec::kCacheLeftpad;
 
 // Whether values of a block are cleared, and whether a warp has anything to do with them before the tensor cores may.
 __device__ __forceinline__ bool clears(const Tile& tile, int block) { return kClears && at_edge(tile, block); }

@@ -18,7 +18,8 @@ struct Tile {
   int q_len;     // used rows of the sequence
   int kv_group;  // where its keys lie: group,
   int kv_row;    // first row in it,
-  int kv_len;    // and how many of them are used
+  int kv_len;    // how many of them are used,
+  int kv_first;  // and the first of these that counts
 };
 
 // The keys that some rows see, as blocks of kTileN; the first begins `lead` rows above the sequence.
@@ -32,8 +33,9 @@ struct alignas(16) Blocks {
 // Keys that row `q_index` of the sequence sees: [first, last). Rows past q_len get some range too: what they give is
 // never stored, so blocks that every used row sees whole need no mask.
 __device__ __forceinline__ int first_key(const Tile& tile, const Params& params, int q_index) {
-  if constexpr (!spec::kWindowLeft) return 0;
-  return max(0, q_index + tile.kv_len - tile.q_len - params.window_left);
+  const int first = spec::kCacheLeftpad ? tile.kv_first : 0;
+  if constexpr (!spec::kWindowLeft) return first;
+  return max(first, q_index + tile.kv_len - tile.q_len - params.window_left);
 }
 
 __device__ __forceinline__ int last_key(const Tile& tile, const Params& params, int q_index) {
@@ -50,10 +52,17 @@ __device__ __forceinline__ int lead(const Tile& tile) {
 // Where the sequence's first key lies, in rows from the beginning of a block.
 __device__ __forceinline__ int first_key_in(const Tile& tile, int block) { return lead(tile) - block * spec::kTileN; }
 
-// Whether a block of a tile has rows around the sequence's used keys.
+// The keys that count, likewise: [first, last).
+__device__ __forceinline__ int first_used_in(const Tile& tile, int block) {
+  return first_key_in(tile, block) + (spec::kCacheLeftpad ? tile.kv_first : 0);
+}
+__device__ __forceinline__ int last_used_in(const Tile& tile, int block) {
+  return first_key_in(tile, block) + tile.kv_len;
+}
+
+// Whether a block of a tile has rows around those.
 __device__ __forceinline__ bool at_edge(const Tile& tile, int block) {
-  const int first = first_key_in(tile, block);
-  return first > 0 || first + tile.kv_len < spec::kTileN;
+  return first_used_in(tile, block) > 0 || last_used_in(tile, block) < spec::kTileN;
 }
 
 // The blocks that `rows` rows of a tile see, from `first_row` on.

@@ -1,0 +1,151 @@
+"""Which decode kernel computes a call of few queries, and into how many parts it splits their keys.
+
+Pure functions of the call; no JAX, no GPU. docs/design.md tells how the numbers were found.
+"""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Iterator
+from typing import Any
+
+from jax_flash import heuristics
+from jax_flash.spec import DecodeSpec
+
+MOST_ROWS = 128
+"""Rows of q that see a key, of all heads that share it, up to which this kernel may be the faster one."""
+
+LEAST_KEYS = 4
+"""For each query, from which on it is: with fewer, keys and values are not what takes time."""
+
+TILES_M = (16, 32, 64)
+"""Rows of a CTA."""
+
+RING_BYTES = {False: (64 * 1024,), True: (128 * 1024, 64 * 1024)}
+"""Of keys and values in shared memory, by whether they are widened, the best first: with less the memory idles, with
+more it is slower, too. Copies of TMA should have 32 rows or more."""
+
+BUFFERS = {False: 1, True: 2}
+"""Of a warp that has keys of its own, likewise: widening takes time, in which the next ones may come."""
+
+WARPS = {False: (4,), True: (8, 4)}
+"""That multiply, likewise, the best first."""
+
+MAX_CLUSTER = 8
+"""CTAs of a cluster that every GPU of compute capability 9.0 takes."""
+
+MOST_CLUSTERED = 64
+"""CTAs of a call up to which they form clusters: these leave some multiprocessors empty."""
+
+MIN_SPLIT_KEYS = 128
+"""Fewer keys than that are not worth a CTA."""
+
+
+def serves(queries: float, keys: float, heads_of_kv: int) -> bool:
+    """Whether this kernel is the one for so many queries and keys of a sequence, on average."""
+    return queries * heads_of_kv <= MOST_ROWS and keys >= LEAST_KEYS * queries
+
+
+def tile_m(rows: float) -> int:
+    """Rows of a CTA."""
+    return next((m for m in TILES_M if rows <= m), TILES_M[-1])
+
+
+def splits(tiles: int, keys: int, multiprocessors: int) -> int:
+    """Parts that the keys of a sequence are split into.
+
+    Args:
+      tiles: of rows that there are.
+      keys: that a row sees, at most.
+      multiprocessors: of the GPU.
+    """
+    if tiles >= multiprocessors * 3 // 4:
+        return 1
+    return max(1, min(multiprocessors // tiles, keys // MIN_SPLIT_KEYS))
+
+
+def decode_spec(
+    *,
+    element: str,
+    kv_element: str,
+    out: str,
+    head_dim: int,
+    head_dim_v: int,
+    rows: float,
+    tiles: int,
+    page_size: int | None,
+    num_splits: int,
+    multiprocessors: int,
+    **features: bool,
+) -> DecodeSpec:
+    """The decode kernel of a call.
+
+    `element` is the dtype of q, `kv_element` that of k and v; `rows` are those of a sequence that share keys, on
+    average; `tiles` those there are; `page_size` is None without a page table; `features` are further flags of
+    DecodeSpec.
+    """
+    widens = kv_element == "float8_e4m3fn"
+    clusters = 1 < num_splits <= MAX_CLUSTER and tiles * num_splits <= MOST_CLUSTERED
+    fixed: dict[str, Any] = {
+        "element": "float16" if widens else element,
+        "query": element,
+        "widens": widens,
+        "converts_q": widens and element == "bfloat16",
+        "out": out,
+        "head_dim": heuristics.padded_head_dim(head_dim),
+        "head_dim_v": heuristics.padded_head_dim(head_dim_v),
+        "tile_m": tile_m(rows),
+        "cluster": num_splits if clusters else 1,
+        "partial": num_splits > 1 and not clusters,
+        "draws": tiles * num_splits > multiprocessors and not clusters,
+        "key_alignment": 1,
+        **features,
+    }
+    return next(filter(fits, _tilings(fixed, page_size)))
+
+
+def _tilings(fixed: dict[str, Any], page_size: int | None) -> Iterator[DecodeSpec]:
+    """The best first. Every warp that has keys of its own has buffers of its own."""
+    widens = fixed["widens"]
+    for warps, ring_bytes in itertools.product(WARPS[widens], RING_BYTES[widens]):
+        stages = max(4, BUFFERS[widens] * 16 * warps // fixed["tile_m"])
+        # Scores beside an output take more registers than a thread of so many has.
+        widest = 64 if warps < 8 else 32 if fixed["head_dim_v"] <= 192 else 16
+        tile_n = max(16, min(widest, ring_bytes // stages // key_bytes(fixed) // 16 * 16))
+        box = tile_n
+        if page_size is not None:
+            box = box_keys(page_size, tile_n)
+            tile_n = min(tile_n, 32 * box)  # a lane has one copy
+        tiling = {"tile_n": tile_n, "warps": warps, "stages": stages}
+        yield DecodeSpec(
+            **fixed,
+            **tiling,
+            box_keys=box,
+            threads=32 * (warps + 2),
+            shared_bytes=shared_bytes(**fixed, **tiling),
+        )
+
+
+def fits(spec: DecodeSpec) -> bool:
+    """Whether an SM has the shared memory for it."""
+    return spec.shared_bytes <= heuristics.SHARED_LIMIT
+
+
+def key_bytes(fixed: dict[str, Any]) -> int:
+    """Of a key and its value in shared memory."""
+    size = 1 if fixed["widens"] else 2
+    return sum(-(-fixed[name] * size // 128) * 128 for name in ("head_dim", "head_dim_v"))
+
+
+def box_keys(page_size: int, tile_n: int) -> int:
+    """The most keys, a power of two, that divide both a page and a tile."""
+    return min(page_size & -page_size, tile_n & -tile_n)
+
+
+def shared_bytes(*, head_dim: int, head_dim_v: int, tile_m: int, tile_n: int, warps: int, stages: int, **more) -> int:
+    """Bytes of SharedStorage in kernels/decode/storage.cuh, which checks this number."""
+    ring = stages * tile_n * key_bytes({"head_dim": head_dim, "head_dim_v": head_dim_v, **more})
+    q = 2 * tile_m * (2 * head_dim + 16)
+    parts = 16 * warps * (4 * (head_dim_v + 8) + 8) + 8 * tile_m
+    work = 2 * 144 + 16 * stages + 8
+    return -(-(ring + q + parts + work) // 1024) * 1024

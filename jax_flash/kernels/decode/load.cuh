@@ -1,0 +1,126 @@
+// Load: fetches Q of a tile, and its keys and values by TMA.
+#pragma once
+
+#include "decode/storage.cuh"
+#include "hopper/barrier.cuh"
+#include "hopper/tma.cuh"
+#include "hopper/types.cuh"
+#include "hopper/warp.cuh"
+#include "keys.cuh"
+#include "operands.cuh"
+#include "params.h"
+#include "rows.cuh"
+#include "spec.h"
+
+namespace jax_flash {
+
+// Q as it is multiplied. Under FP8 keys, 16 columns come in the order in which a thread holds those: columns 4q, 4q +
+// 1, 4q + 2, 4q + 3 of lane q of four at positions 2q, 2q + 1, 2q + 8, 2q + 9.
+__device__ __forceinline__ void store_q(u8* row, int word, u32 value) {
+  if (spec::kWidens) word = word / 8 * 8 + word % 2 * 4 + word % 8 / 2;
+  *reinterpret_cast<u32*>(row + word * 4) = value;
+}
+
+// By one warp.
+__device__ __forceinline__ void load_q(u8 (&q)[spec::kTileM][kQStride], const Rows& rows, const Operands& operands,
+                                       const Params& params) {
+  constexpr int kColumns = 16 / spec::Query::kBytes;  // of a vector
+  constexpr int kVectors = spec::kHeadDim / kColumns;
+#pragma unroll 8
+  for (int i = lane_index(); i < spec::kTileM * kVectors; i += kWarpSize) {
+    const int row = i / kVectors;
+    const int column = i % kVectors * kColumns;
+    uint4 vector{};
+    if (row < rows.count && column < params.head_dim) {
+      const u8* from = static_cast<const u8*>(operands.q);
+      from += rows.index(row, params) * params.head_dim * spec::Query::kBytes;
+      vector = __ldg(reinterpret_cast<const uint4*>(from) + i % kVectors);
+    }
+    const u32 words[4] = {vector.x, vector.y, vector.z, vector.w};
+#pragma unroll
+    for (int j = 0; j < 4; ++j) {
+      if constexpr (spec::Query::kBytes == 1) {
+        store_q(q[row], column / 2 + 2 * j, widen2(words[j]));
+        store_q(q[row], column / 2 + 2 * j + 1, widen2(words[j] >> 16));
+      } else {
+        store_q(q[row], column / 2 + j, spec::kConvertsQ ? float16_of_bfloat16(words[j]) : words[j]);
+      }
+    }
+  }
+}
+
+// The warp that loads keys and values. Every lane has a piece of kBoxKeys keys, of 32 that follow each other, and knows
+// where these lie; the next ones are on their way.
+class Loader {
+ public:
+  __device__ __forceinline__ Loader(SharedStorage& shared, const TensorMaps& maps, const Operands& operands,
+                                    const Params& params)
+      : shared_(shared), maps_(maps), operands_(operands), params_(params) {}
+
+  __device__ __forceinline__ void run() {
+    Ring<kWorkSlots> works;
+    while (true) {
+      Work& work = shared_.work[works.slot];
+      work.located.wait(works.phase);
+      if (work.rows.count == 0) return;
+      load(work.rows, work.share);
+      work.empty.arrive();
+      works.advance();
+    }
+  }
+
+ private:
+  __device__ __forceinline__ void load(const Rows& rows, const Share& share) {
+    int piece = 0;  // after those of the lanes
+    int page, row;
+    int next_key = key_of(share, lane_index());
+    int next_page = page_of(rows, next_key);
+    for (int i = 0; i < share.count; ++i) {
+      if (i * kPieces >= piece) {
+        page = next_page;
+        row = spec::kPageTable ? next_key % params_.kv_rows : rows.tile.kv_row + next_key;
+        piece += kWarpSize;
+        next_key = key_of(share, piece + lane_index());
+        next_page = page_of(rows, next_key);
+      }
+      Barrier& barrier = shared_.full[ring_.slot];
+      shared_.empty[ring_.slot].wait(ring_.phase ^ 1);
+      if (lane_index() == 0) barrier.arrive_expect((kKBoxes + kVBoxes) * kBlockBytes);
+      __syncwarp();
+      const int own = piece - kWarpSize + lane_index() - i * kPieces;
+      if (own >= 0 && own < kPieces) {
+        const int offset = own * spec::kBoxKeys * kSwizzleBytes;
+        for (int box = 0; box < kKBoxes; ++box) {
+          tma_load(shared_.k[ring_.slot] + box * kBlockBytes + offset, maps_.k, barrier, box * kBoxColumns, row,
+                   rows.kv_head, page);
+        }
+        for (int box = 0; box < kVBoxes; ++box) {
+          tma_load(shared_.v[ring_.slot] + box * kBlockBytes + offset, maps_.v, barrier, box * kBoxColumns, row,
+                   rows.kv_head, page);
+        }
+      }
+      ring_.advance();
+    }
+  }
+
+  // The first key of a piece.
+  __device__ __forceinline__ static int key_of(const Share& share, int piece) {
+    return share.block(piece / kPieces) * spec::kTileN + piece % kPieces * spec::kBoxKeys;
+  }
+
+  // The page of a key, or the group: past the last one, some other.
+  __device__ __forceinline__ int page_of(const Rows& rows, int key) const {
+    if constexpr (!spec::kPageTable) return rows.tile.kv_group;
+    const int page = min(key / params_.kv_rows, params_.max_pages - 1);
+    const int* table = operands_.page_table + static_cast<i64>(max(rows.tile.sequence, 0)) * params_.max_pages;
+    return clamp(__ldg(table + page), 0, params_.kv_groups - 1);
+  }
+
+  SharedStorage& shared_;
+  const TensorMaps& maps_;
+  const Operands& operands_;
+  const Params& params_;
+  Ring<spec::kStages> ring_;
+};
+
+}  // namespace jax_flash

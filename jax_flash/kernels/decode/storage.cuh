@@ -1,0 +1,77 @@
+// Storage of a decode CTA: buffers of keys and values, Q, what is known of each tile, and what came of it.
+//
+// Rows of K and V are [column block][kTileN rows][128 bytes], swizzled.
+#pragma once
+
+#include "fragment.cuh"
+#include "hopper/barrier.cuh"
+#include "hopper/types.cuh"
+#include "hopper/warp.cuh"
+#include "rows.cuh"
+#include "spec.h"
+#include "tile.cuh"
+
+namespace jax_flash {
+
+constexpr int kSwizzleBytes = 128;
+constexpr int kKvBytes = spec::kWidens ? 1 : 2;        // of an element in the cache
+constexpr int kBoxColumns = kSwizzleBytes / kKvBytes;  // of one TMA copy
+constexpr int kKBoxes = (spec::kHeadDim + kBoxColumns - 1) / kBoxColumns;
+constexpr int kVBoxes = (spec::kHeadDimV + kBoxColumns - 1) / kBoxColumns;
+constexpr int kBlockBytes = spec::kTileN * kSwizzleBytes;  // of kBoxColumns columns of a block of keys
+constexpr int kPieces = spec::kTileN / spec::kBoxKeys;     // of a block, each in one page
+static_assert(kPieces <= kWarpSize, "each has a lane");
+
+constexpr int kWarpRows = 16;
+constexpr int kRowWarps = spec::kTileM / kWarpRows;
+constexpr int kKeyWarps = spec::kWarps / kRowWarps;
+constexpr int kConsumerThreads = spec::kWarps * kWarpSize;
+constexpr int kThreads = kConsumerThreads + 2 * kWarpSize;
+static_assert(kThreads == spec::kThreads, "decode.py launches as many threads");
+// A warp that waited for a buffer that others use too could take an older phase of its barrier for the one to come.
+static_assert(spec::kStages % kKeyWarps == 0, "a buffer is always the same warp's");
+
+constexpr int kConsumerBarrier = 1;  // 0 is __syncthreads
+
+constexpr int kQStride = spec::kHeadDim * 2 + 16;  // bytes of a row: eight of them lie in different banks
+constexpr int kOutStride = spec::kHeadDimV + 8;    // floats, likewise
+
+// A tile as the warp that finds it hands it over. No rows end the work.
+struct Work {
+  Barrier located;  // its rows and blocks are known,
+  Barrier full;     // and Q is there
+  Barrier empty;    // all who read it have done so
+  Rows rows;
+  Share share;
+};
+constexpr int kWorkSlots = 2;
+
+struct alignas(1024) SharedStorage {
+  u8 k[spec::kStages][kKBoxes * kBlockBytes];
+  u8 v[spec::kStages][kVBoxes * kBlockBytes];
+  alignas(16) u8 q[kWorkSlots][spec::kTileM][kQStride];
+  // What warps made of their keys, then, in the first place, all of them.
+  alignas(16) float out[kKeyWarps][spec::kTileM][kOutStride];
+  float largest[kKeyWarps][spec::kTileM];
+  float sum[kKeyWarps][spec::kTileM];
+  float2 joined[spec::kTileM];  // the same two numbers of all warps
+  Barrier full[spec::kStages];
+  Barrier empty[spec::kStages];
+  Work work[kWorkSlots];
+  int last;  // whether this CTA is the last one that has worked on its rows
+
+  __device__ __forceinline__ void init() {
+    for (int stage = 0; stage < spec::kStages; ++stage) {
+      full[stage].init(1);
+      empty[stage].init(kRowWarps);
+    }
+    for (int slot = 0; slot < kWorkSlots; ++slot) {
+      work[slot].located.init(1);
+      work[slot].full.init(kWarpSize);
+      work[slot].empty.init(kConsumerThreads + kWarpSize);
+    }
+  }
+};
+static_assert(sizeof(SharedStorage) == spec::kSharedBytes, "decode.py counts the same bytes");
+
+}  // namespace jax_flash

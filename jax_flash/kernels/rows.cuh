@@ -1,0 +1,146 @@
+// Rows: which rows of Q a CTA has. The query heads that share a key/value head are rows of the same tile: row r of a
+// sequence is query r / group of its head r % group.
+#pragma once
+
+#include "hopper/warp.cuh"
+#include "keys.cuh"
+#include "operands.cuh"
+#include "order.cuh"
+#include "params.h"
+#include "spec.h"
+#include "tile.cuh"
+
+namespace jax_flash {
+
+// How the grid is counted, as heuristics.py chose it: by tile of a sequence, or of all packed ones, head and split.
+struct Grid {
+  int items;
+  Divisor splits;
+  Divisor m_blocks;  // tiles of a sequence, where Q is dense
+  Divisor kv_heads;
+  Divisor group;  // query heads of a key/value head
+};
+
+// Some rows of a sequence, and one of the parts that their keys are split into.
+struct Rows {
+  Tile tile;  // the queries that they are of
+  int kv_head;
+  int first;  // of the rows of the sequence
+  int count;
+  int item;  // number of these rows and their head
+  int split;
+  Divisor group;
+
+  // The query of a row, and its head, of all heads.
+  __device__ __forceinline__ int query(int row) const { return group.quotient(first + row); }
+  __device__ __forceinline__ int head(int row) const {
+    return kv_head * group.value + first + row - query(row) * group.value;
+  }
+
+  // Where a row lies among the rows of all heads of Q and the output, and among those of the log-sum-exp.
+  __device__ __forceinline__ i64 index(int row, const Params& params) const {
+    return (static_cast<i64>(tile.q_group) * params.q_rows + q_row(row)) * params.heads + head(row);
+  }
+  __device__ __forceinline__ i64 lse_index(int row, const Params& params) const {
+    return (static_cast<i64>(tile.q_group) * params.heads + head(row)) * params.q_rows + q_row(row);
+  }
+
+ private:
+  __device__ __forceinline__ int q_row(int row) const { return tile.q_row + query(row) - tile.q_index; }
+};
+
+// Finds tile `index` of packed queries, if there are so many. A group of n sequences is n + 2 segments of rows: before
+// the first, the sequences, after the last. All lanes take part.
+__device__ __forceinline__ bool find_packed(int index, Rows& rows, const Operands& operands, const Params& params) {
+  const int sequences = params.batch / params.q_groups;
+  const int segments = params.q_groups * (sequences + 2);
+  int row = 0;    // where the segments of a chunk of 32 begin,
+  int tiles = 0;  // and the tiles before them
+  for (int chunk = 0; chunk < segments; chunk += kWarpSize) {
+    const int segment = min(chunk + lane_index(), segments - 1);
+    const int group = segment / (sequences + 2);
+    const int in_group = segment - group * (sequences + 2);
+    int end = params.q_rows;
+    if (in_group <= sequences) {
+      end = clamp(__ldg(operands.cu_seqlens_q + static_cast<i64>(group) * (sequences + 1) + in_group), 0, end);
+    }
+    end = max(warp_scan_max(group * params.q_rows + end), row);
+    int begin = __shfl_up_sync(kAllLanes, end, 1);
+    if (lane_index() == 0) begin = row;
+    const int tiles_end = tiles + warp_scan_sum(ceil_div((end - begin) * rows.group.value, spec::kTileM));
+    const u32 later = __ballot_sync(kAllLanes, tiles_end > index);
+    if (later != 0) {
+      const int owner = __ffs(later) - 1;
+      const int before = owner == 0 ? tiles : __shfl_sync(kAllLanes, tiles_end, owner - 1);
+      begin = __shfl_sync(kAllLanes, begin, owner);
+      end = __shfl_sync(kAllLanes, end, owner);
+      const int q_group = __shfl_sync(kAllLanes, group, owner);
+      const int number = __shfl_sync(kAllLanes, in_group, owner);
+      const bool in_sequence = number >= 1 && number <= sequences;
+      rows.tile.q_group = q_group;
+      rows.tile.q_row = begin - q_group * params.q_rows;
+      rows.tile.sequence = in_sequence ? q_group * sequences + number - 1 : -1;
+      rows.tile.q_len = end - begin;
+      rows.first = (index - before) * spec::kTileM;
+      return true;
+    }
+    row = __shfl_sync(kAllLanes, end, kWarpSize - 1);
+    tiles = __shfl_sync(kAllLanes, tiles_end, kWarpSize - 1);
+  }
+  return false;
+}
+
+// The rows of a number below grid.items; whether it has any. All lanes take part.
+__device__ __forceinline__ bool find_rows(int number, Rows& rows, const Operands& operands, const Params& params,
+                                          const Grid& grid) {
+  const int item = rows.item = grid.splits.quotient(number);
+  rows.split = number - item * grid.splits.value;
+  rows.group = grid.group;
+  Tile& tile = rows.tile;
+  if constexpr (spec::kPackedQ) {
+    const int index = grid.kv_heads.quotient(item);
+    rows.kv_head = item - index * grid.kv_heads.value;
+    if (!find_packed(index, rows, operands, params)) return false;
+  } else {
+    const int pair = grid.m_blocks.quotient(item);
+    tile.sequence = tile.q_group = grid.kv_heads.quotient(pair);
+    rows.kv_head = pair - tile.sequence * grid.kv_heads.value;
+    rows.first = (item - pair * grid.m_blocks.value) * spec::kTileM;
+    tile.q_row = 0;
+    tile.q_len = params.q_rows;
+  }
+  rows.count = min(spec::kTileM, tile.q_len * rows.group.value - rows.first);
+  tile.q_index = rows.query(0);
+  tile.q_row += tile.q_index;
+  tile.rows = rows.query(rows.count - 1) + 1 - tile.q_index;
+
+  if (tile.sequence < 0) tile.q_len = 0;
+  if (spec::kSequsedQ && tile.sequence >= 0) {
+    tile.q_len = clamp(__ldg(operands.seqused_q + tile.sequence), 0, tile.q_len);
+  }
+  const Keys keys = keys_of(tile.sequence, operands, params);
+  tile.kv_group = keys.group;
+  tile.kv_row = keys.row;
+  tile.kv_len = keys.len;
+  tile.kv_first = keys.first;
+  return true;
+}
+
+// The blocks of keys that a split has of those that its rows see: every `step`-th, so that CTAs that share them read
+// neighbours at a time. Which ones depends on nothing but the sequence.
+struct Share {
+  Blocks blocks;
+  int begin;  // the first one
+  int step;
+  int count;
+
+  __device__ __forceinline__ Share(const Rows& rows, const Params& params, const Grid& grid)
+      : blocks(visible_blocks(rows.tile, params, 0, rows.tile.rows)), step(grid.splits.value) {
+    begin = blocks.begin + rows.split;
+    count = max(0, grid.splits.quotient(max(0, blocks.end - begin) + step - 1));
+  }
+
+  __device__ __forceinline__ int block(int i) const { return begin + i * step; }
+};
+
+}  // namespace jax_flash
