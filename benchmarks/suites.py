@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import dataclasses
 import itertools
+import random
+import statistics
 
 from jax_flash.__main__ import PACKED_LENGTHS
 
@@ -28,6 +30,10 @@ class Row:
     """Whether the sequences lie one after another, cut by cu_seqlens."""
     kv_dtype: str | None = None
     """Of k and v; that of q unless given."""
+    kv_cache: bool = False
+    """Whether k and v lie in a cache with room for the longest sequence, and an array says how long each is."""
+    page_size: int | None = None
+    """Of a cache in pages."""
 
     @property
     def flops(self) -> float:
@@ -44,7 +50,7 @@ class Row:
 
     @property
     def bytes(self) -> int:
-        """Of q, k and v, read once; the output, of 16 bits at least, is written on top."""
+        """Of q and of k and v that count, read once; the output, of 16 bits at least, is written on top."""
         sizes = {"float32": 4, "float8_e4m3fn": 1}
         queries = sum(self.q_lengths) * self.heads * self.head_dim
         keys = sum(self.kv_lengths) * self.kv_heads * (self.head_dim + self.head_dim_v)
@@ -54,7 +60,7 @@ class Row:
     def plain(self) -> bool:
         """Whether it is self-attention of sequences of one length, and has no feature but a causal mask."""
         same = len({*self.q_lengths, *self.kv_lengths}) == 1 and self.heads == self.kv_heads
-        features = self.packed or self.softcap or self.window or self.kv_dtype
+        features = self.packed or self.softcap or self.window or self.kv_dtype or self.kv_cache
         return same and self.head_dim == self.head_dim_v and not features
 
     def __str__(self) -> str:
@@ -65,13 +71,16 @@ class Row:
         elif self.q_lengths == self.kv_lengths:
             words.append(f"S{self.q_lengths[0]}")
         else:
-            words.append(f"B{len(self.q_lengths)} {self.q_lengths[0]}x{self.kv_lengths[0]}")
+            lengths = "-".join(map(str, sorted({min(self.kv_lengths), max(self.kv_lengths)})))
+            words.append(f"B{len(self.q_lengths)} {self.q_lengths[0]}x{lengths}")
         if self.heads != self.kv_heads:
             words.append(f"H{self.heads}:{self.kv_heads}")
         if self.window is not None:
             words.append(f"window {self.window}")
         if self.softcap:
             words.append(f"softcap {self.softcap:g}")
+        if self.kv_cache:
+            words.append("cache" if self.page_size is None else f"cache in pages of {self.page_size}")
         return " ".join([*words, "causal" if self.causal else "full"])
 
 
@@ -149,9 +158,31 @@ def over_fp8() -> list[Row]:
     ]
 
 
-def decode(dtype: str, batch: int, kv_length: int, heads: int, kv_heads: int) -> Row:
-    """One query token a sequence."""
-    return dense(dtype, batch, kv_length, heads, 128, q_lengths=(1,) * batch, kv_heads=kv_heads)
+def decode(dtype: str, batch: int, kv_length: int, heads: int, kv_heads: int, **options) -> Row:
+    """One query token a sequence over a KV cache; `options` are further fields of Row."""
+    defaults = {"q_lengths": (1,) * batch, "kv_heads": kv_heads, "kv_cache": True}
+    return dense(dtype, batch, kv_length, heads, 128, **(defaults | options))
+
+
+LARGE_CACHES = ((64, 2048, 16, 2), (64, 8192, 32, 8), (4, 65536, 32, 8), (128, 4096, 64, 8), (1, 131072, 32, 8))
+"""Batch, length, heads and kv heads."""
+
+RAGGED = tuple(random.Random(0).sample([100 + 32668 * i // 63 for i in range(64)], k=64))
+"""Lengths of the sequences in one cache: from 100 to 32 768 at even distances, shuffled."""
+
+
+def decodes() -> list[Row]:
+    """16-bit and FP8 caches, pages, uneven lengths beside even ones of as many keys, and a few query tokens."""
+    fp8 = "float8_e4m3fn"
+    return [
+        *(decode("float16", *shape) for shape in ((1, 2048, 16, 2), *LARGE_CACHES)),
+        *(decode("float16", *shape, kv_dtype=fp8) for shape in LARGE_CACHES),
+        *(decode(fp8, *shape) for shape in LARGE_CACHES),
+        *(decode("float16", 64, 8192, 32, 8, page_size=size) for size in (1, 16, 64, 256)),
+        decode("float16", 64, 0, 32, 8, kv_lengths=RAGGED),
+        decode("float16", 64, round(statistics.mean(RAGGED)), 32, 8),
+        decode("float16", 64, 8192, 32, 8, q_lengths=(4,) * 64, causal=True),
+    ]
 
 
 LENGTHS = (512, 2048, 8192, 16384)
@@ -172,16 +203,7 @@ SUITES = {
             *over_fp8(),
         )
     ),
-    "decode": Suite(
-        unit="TB/s",
-        rows=tuple(
-            decode("float16", *shape)
-            for shape in (
-                *((1, 2048, 16, 2), (64, 2048, 16, 2), (64, 8192, 32, 8), (4, 65536, 32, 8)),
-                *((128, 4096, 64, 8), (1, 131072, 32, 8)),
-            )
-        ),
-    ),
+    "decode": Suite(unit="TB/s", rows=tuple(decodes())),
     "cases": Suite(
         unit="µs",
         rows=(

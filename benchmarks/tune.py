@@ -17,8 +17,9 @@ import jax
 
 from benchmarks.libraries import Timer, input_sets, jax_timer, medians
 from benchmarks.suites import Row, grid
-from jax_flash import canonical, codegen, heuristics, jit, launch
-from jax_flash.spec import Attention, Call, KernelSpec, Operands
+from jax_flash import canonical, codegen, cuda, heuristics, jit
+from jax_flash.kernel_spec import KernelSpec
+from jax_flash.spec import Attention, Call, Operands
 
 LENGTHS = (512, 2048, 8192)
 """Their geometric mean decides. What is faster for short ones alone goes into heuristics.SHORT, by hand."""
@@ -45,7 +46,7 @@ def call_of(row: Row, *arrays: jax.Array) -> tuple[Attention, Operands]:
 
 def best_spec(row: Row) -> KernelSpec:
     """The kernel that heuristics.py chooses now."""
-    return launch.kernel_specs(*call_of(row, *input_sets(row)[0]))[0]
+    return cuda.kernel_specs(*call_of(row, *input_sets(row)[0]))[0]
 
 
 def spec_of(row: Row, choices: dict) -> KernelSpec | None:
@@ -60,7 +61,7 @@ def timer_of(row: Row, spec: KernelSpec) -> Timer:
     """A timer of one kernel."""
 
     def attention(q, k, v):
-        return launch.prefill_cuda(*call_of(row, q, k, v), [spec])[0]
+        return cuda.forward_prefill(*call_of(row, q, k, v), [spec])[0]
 
     return jax_timer(attention, input_sets(row))[1]
 

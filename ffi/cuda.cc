@@ -1,6 +1,6 @@
 // The CUDA handlers: Load turns a cubin into a kernel when the program is instantiated, Launch launches it. They know
 // nothing of attention: grid, shared memory, tensor maps, parameters and order come as attributes
-// (jax_flash/launch.py).
+// (jax_flash/cuda.py).
 //
 // XLA captures Launch into a CUDA graph, so it neither synchronises, copies from the host nor allocates.
 #include "cuda.h"
@@ -193,7 +193,7 @@ Status EncodeMap(const TensorMapRecord& record, void* data, CUtensorMap* map) {
   element_strides.fill(1);
   CUDA_CHECK(cuTensorMapEncodeTiled, map, one_byte ? CU_TENSOR_MAP_DATA_TYPE_UINT8 : CU_TENSOR_MAP_DATA_TYPE_UINT16,
              TensorMapRecord::kRank, data, dims.data(), strides.data(), box.data(), element_strides.data(),
-             CU_TENSOR_MAP_INTERLEAVE_NONE, swizzle, CU_TENSOR_MAP_L2_PROMOTION_L2_256B,
+             CU_TENSOR_MAP_INTERLEAVE_NONE, swizzle, CU_TENSOR_MAP_L2_PROMOTION_L2_128B,
              CU_TENSOR_MAP_FLOAT_OOB_FILL_NONE);
   return Status::Ok();
 }

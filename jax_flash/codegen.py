@@ -7,7 +7,7 @@ import pathlib
 import re
 from collections.abc import Callable
 
-from jax_flash.spec import DecodeSpec, KernelSpec
+from jax_flash.kernel_spec import AppendSpec, DecodeSpec, KernelSpec
 
 _ELEMENTS = {"float16": "Float16", "bfloat16": "BFloat16", "float8_e4m3fn": "Float8E4M3", "float32": "Float32"}
 _WGMMA_TYPES = {"float16": "f16", "bfloat16": "bf16", "float8_e4m3fn": "e4m3"}
@@ -15,7 +15,7 @@ _KERNELS = pathlib.Path(__file__).parent / "kernels"
 _INCLUDE = re.compile(r'^#include "([^"]+)"$', re.MULTILINE)
 
 
-def source(entry: str, spec: KernelSpec | DecodeSpec) -> str:
+def source(entry: str, spec: KernelSpec | DecodeSpec | AppendSpec) -> str:
     """The text of kernels/`entry` with every include expanded, each once: NVRTC needs no include path."""
     generated: dict[str, Callable] = {"spec.h": _spec_header, "wgmma.h": _wgmma_header}
     seen: set[str] = set()
@@ -36,7 +36,7 @@ def source(entry: str, spec: KernelSpec | DecodeSpec) -> str:
     return expand(entry)
 
 
-def _spec_header(spec: KernelSpec | DecodeSpec) -> str:
+def _spec_header(spec: KernelSpec | DecodeSpec | AppendSpec) -> str:
     lines = []
     for name, value in dataclasses.asdict(spec).items():
         camel = "".join(word.capitalize() for word in name.split("_"))

@@ -5,12 +5,11 @@ Pure functions of the call; no JAX, no GPU. docs/design.md tells how the numbers
 
 from __future__ import annotations
 
-import itertools
 from collections.abc import Iterator
 from typing import Any
 
 from jax_flash import heuristics
-from jax_flash.spec import DecodeSpec
+from jax_flash.kernel_spec import DecodeSpec
 
 MOST_ROWS = 128
 """Rows of q that see a key, of all heads that share it, up to which this kernel may be the faster one."""
@@ -21,15 +20,14 @@ LEAST_KEYS = 4
 TILES_M = (16, 32, 64)
 """Rows of a CTA."""
 
-RING_BYTES = {False: (64 * 1024,), True: (128 * 1024, 64 * 1024)}
-"""Of keys and values in shared memory, by whether they are widened, the best first: with less the memory idles, with
-more it is slower, too. Copies of TMA should have 32 rows or more."""
+RING_BYTES = (128 * 1024, 64 * 1024)
+"""Of keys and values in shared memory, the best first: with less the memory idles."""
 
-BUFFERS = {False: 1, True: 2}
-"""Of a warp that has keys of its own, likewise: widening takes time, in which the next ones may come."""
+BUFFERS = 2
+"""Of a warp that has keys of its own, that these bytes are divided into: while it works on one, the next is filled."""
 
-WARPS = {False: (4,), True: (8, 4)}
-"""That multiply, likewise, the best first."""
+WARPS = 4
+"""That multiply, as kernels/decode/storage.cuh has it; more are not faster, even where they widen keys and values."""
 
 MAX_CLUSTER = 8
 """CTAs of a cluster that every GPU of compute capability 9.0 takes."""
@@ -37,8 +35,15 @@ MAX_CLUSTER = 8
 MOST_CLUSTERED = 64
 """CTAs of a call up to which they form clusters: these leave some multiprocessors empty."""
 
+CLUSTERED_KEYS = 512
+"""Keys of a CTA up to which clusters, which join their results fast, are faster than many more CTAs."""
+
 MIN_SPLIT_KEYS = 128
 """Fewer keys than that are not worth a CTA."""
+
+LONG_SPLIT_KEYS = 8192
+"""Sequences that may have as many keys are split though there are tiles enough: begun last, a long one would take the
+rest of the time."""
 
 
 def serves(queries: float, keys: float, heads_of_kv: int) -> bool:
@@ -60,7 +65,9 @@ def splits(tiles: int, keys: int, multiprocessors: int) -> int:
       multiprocessors: of the GPU.
     """
     if tiles >= multiprocessors * 3 // 4:
-        return 1
+        return max(1, keys // LONG_SPLIT_KEYS)
+    if tiles * MAX_CLUSTER <= MOST_CLUSTERED and keys <= MAX_CLUSTER * CLUSTERED_KEYS:
+        multiprocessors = tiles * MAX_CLUSTER
     return max(1, min(multiprocessors // tiles, keys // MIN_SPLIT_KEYS))
 
 
@@ -106,22 +113,19 @@ def decode_spec(
 
 def _tilings(fixed: dict[str, Any], page_size: int | None) -> Iterator[DecodeSpec]:
     """The best first. Every warp that has keys of its own has buffers of its own."""
-    widens = fixed["widens"]
-    for warps, ring_bytes in itertools.product(WARPS[widens], RING_BYTES[widens]):
-        stages = max(4, BUFFERS[widens] * 16 * warps // fixed["tile_m"])
-        # Scores beside an output take more registers than a thread of so many has.
-        widest = 64 if warps < 8 else 32 if fixed["head_dim_v"] <= 192 else 16
-        tile_n = max(16, min(widest, ring_bytes // stages // key_bytes(fixed) // 16 * 16))
+    for ring_bytes in RING_BYTES:
+        stages = max(4, BUFFERS * 16 * WARPS // fixed["tile_m"])
+        tile_n = max(16, min(64, ring_bytes // stages // key_bytes(fixed) // 16 * 16))
         box = tile_n
         if page_size is not None:
             box = box_keys(page_size, tile_n)
             tile_n = min(tile_n, 32 * box)  # a lane has one copy
-        tiling = {"tile_n": tile_n, "warps": warps, "stages": stages}
+        tiling = {"tile_n": tile_n, "stages": stages}
         yield DecodeSpec(
             **fixed,
             **tiling,
             box_keys=box,
-            threads=32 * (warps + 2),
+            threads=32 * (WARPS + 2),
             shared_bytes=shared_bytes(**fixed, **tiling),
         )
 
@@ -142,10 +146,10 @@ def box_keys(page_size: int, tile_n: int) -> int:
     return min(page_size & -page_size, tile_n & -tile_n)
 
 
-def shared_bytes(*, head_dim: int, head_dim_v: int, tile_m: int, tile_n: int, warps: int, stages: int, **more) -> int:
+def shared_bytes(*, head_dim: int, head_dim_v: int, tile_m: int, tile_n: int, stages: int, **more) -> int:
     """Bytes of SharedStorage in kernels/decode/storage.cuh, which checks this number."""
     ring = stages * tile_n * key_bytes({"head_dim": head_dim, "head_dim_v": head_dim_v, **more})
     q = 2 * tile_m * (2 * head_dim + 16)
-    parts = 16 * warps * (4 * (head_dim_v + 8) + 8) + 8 * tile_m
-    work = 2 * 144 + 16 * stages + 8
+    parts = 16 * WARPS * (4 * (head_dim_v + 8) + 8) + 8 * tile_m
+    work = 2 * -(-(148 + 8 * tile_m) // 16) * 16 + 16 * stages + 8
     return -(-(ring + q + parts + work) // 1024) * 1024

@@ -12,7 +12,8 @@ import math
 from collections.abc import Iterator
 from typing import Any
 
-from jax_flash.spec import UNBOUNDED, KernelSpec
+from jax_flash.kernel_spec import KernelSpec
+from jax_flash.spec import UNBOUNDED
 
 SHARED_LIMIT = 227 * 1024
 """Bytes of shared memory that one CTA may have on compute capability 9.0; each further one takes 1024 more."""

@@ -10,7 +10,8 @@ from collections.abc import Iterator
 from typing import NamedTuple
 
 from jax_flash import heuristics
-from jax_flash.spec import KernelSpec, Params
+from jax_flash.kernel_spec import KernelSpec
+from jax_flash.spec import Params
 
 L2_BYTES = 8 << 20
 """Of keys and values that are worked on together, and stay in the L2 cache: Q and the output pass through it too."""

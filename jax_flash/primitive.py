@@ -13,7 +13,7 @@ from jax.extend import core
 from jax.interpreters import ad, batching, mlir
 
 from jax_flash import append as definition
-from jax_flash import launch, reference
+from jax_flash import cuda, launch, reference
 from jax_flash.spec import Append, Attention, Operands, Params
 
 
@@ -195,6 +195,13 @@ def _append_cpu(*arrays, attention: Attention):
     return definition.append(attention, Append(*arrays), launch.write_cpu)
 
 
+def _append_cuda(*arrays, attention: Attention):
+    arrays = Append(*arrays)
+    if launch.why_not_appended(arrays):
+        return definition.append(attention, arrays)
+    return cuda.append(attention, arrays)
+
+
 def _append_elsewhere(*arrays, attention: Attention):
     return definition.append(attention, Append(*arrays))
 
@@ -206,7 +213,7 @@ def _forward_cuda(*arrays, attention: Attention):
             raise launch.cannot_run("cuda", reason)
         _warn_reference(reason)
         return reference.forward(attention, operands)
-    return launch.forward_cuda(attention, operands)
+    return cuda.forward(attention, operands)
 
 
 def _forward_cpu(*arrays, attention: Attention):
@@ -269,7 +276,7 @@ append_p = _primitive(
     Append,
     _append_abstract,
     cpu=_append_cpu,
-    cuda=_append_elsewhere,
+    cuda=_append_cuda,
     elsewhere=_append_elsewhere,
 )
 forward_p = _primitive(

@@ -11,6 +11,7 @@ os.environ["XLA_PYTHON_CLIENT_ALLOCATOR"] = "platform"
 
 import jax
 import numpy as np
+from cache_cases import CacheCase
 from cases import LONG, Case
 from tolerance import run
 
@@ -54,6 +55,35 @@ CASES = [
 ]
 
 
+_FP8_CACHE = {"kv_dtype": "float8_e4m3fn", "new_dtype": "bfloat16"}
+CACHE_CASES = [
+    CacheCase(id="cache", leftpad=(5, 0, 11), batch_idx=True, num_splits=3),
+    CacheCase(id="cache-few", q_lens=(1, 1, 1), heads=16, head_dim=128, dtype="float16"),
+    CacheCase(
+        id="cache-new",
+        page_size=16,
+        new_len=7,
+        rotary=0.5,
+        kv_dtype="float8_e4m3fn",
+        new_dtype="bfloat16",
+        num_splits=9,
+    ),
+    CacheCase(id="cache-packed", page_size=1, packed_q=True, packed_new=True, rotary=1.0, q_lens=(1, 9, 4), sinks=True),
+    CacheCase(id="cache-many", page_size=4, q_lens=(64, 64, 64), heads=12, window_size=(30, 0)),
+]
+
+
+def cache_nonsense() -> list[dict]:
+    """Arguments whose index arrays lead outside the cache, by which new keys are written too."""
+    paged = CACHE_CASES[2].arguments()
+    paged["page_table"] = np.resize(np.array([INT_MAX, -1, 3, INT_MIN, 10**6], np.int32), paged["page_table"].shape)
+    paged["cache_seqlens"] = np.array([INT_MAX, INT_MIN, 100], np.int32)
+    dense = CACHE_CASES[0].arguments()
+    dense["cache_batch_idx"] = np.array([INT_MAX, INT_MIN, 1], np.int32)
+    dense["cache_leftpad"] = np.array([INT_MIN, INT_MAX, INT_MAX], np.int32)
+    return [paged, dense]
+
+
 def nonsense() -> list[dict]:
     """Arguments whose index arrays lead outside every array; and with one array for both sides."""
     arguments = Case(id="nonsense", head_dim=64, dtype="float8_e4m3fn", **PACKED).arguments()
@@ -66,7 +96,8 @@ def nonsense() -> list[dict]:
 
 
 if __name__ == "__main__":
-    calls = [*(case.arguments() for case in CASES), *nonsense()]
+    cases = [*CASES, *CACHE_CASES]
+    calls = [*(case.arguments() for case in cases), *nonsense(), *cache_nonsense()]
     for arguments in calls:
         jax.block_until_ready(run(arguments, implementation="cuda"))
     print(f"{len(calls)} calls ran")

@@ -18,7 +18,7 @@ from conftest import CPU, CUDA, on_each_kernel
 from tolerance import check, run
 
 import jax_flash
-from jax_flash import launch, primitive
+from jax_flash import jit, primitive
 from jax_flash.spec import Operands
 
 
@@ -308,13 +308,13 @@ def test_keys_that_score_minus_infinity(kernel):
 
 @pytest.mark.gpu
 def test_damaged_image_is_refused(monkeypatch):
-    compile_kernel = launch.jit.compile
+    compile_kernel = jit.compile
 
     def damaged(source):
         kernel = compile_kernel(source)
         return dataclasses.replace(kernel, cubin=kernel.cubin[:-1])
 
-    monkeypatch.setattr(launch.jit, "compile", damaged)
+    monkeypatch.setattr(jit, "compile", damaged)
     jax.clear_caches()
     with pytest.raises(Exception, match="the kernel image is truncated"):
         run(Case(id="damaged", head_dim=72).arguments(), implementation="cuda")

@@ -18,10 +18,20 @@ from benchmarks import __main__ as benchmarks_main
 from benchmarks import accuracy, libraries, report
 from benchmarks.__main__ import measure
 from benchmarks.libraries import LIBRARIES
-from benchmarks.suites import SUITES, Suite, dense, packed
+from benchmarks.suites import RAGGED, SUITES, Suite, decode, dense, packed
 
 SMALL = dense("bfloat16", 2, 24, 3, 64, causal=True)
 SMALL_FP8 = dataclasses.replace(SMALL, dtype="float8_e4m3fn")
+SMALL_CACHE = decode("bfloat16", 3, 40, 4, 2)
+RAGGED_CACHE = dataclasses.replace(SMALL_CACHE, kv_lengths=(9, 40, 23))
+CACHES = [
+    SMALL_CACHE,
+    RAGGED_CACHE,
+    dataclasses.replace(SMALL_CACHE, q_lengths=(4,) * 3, causal=True),
+    *(dataclasses.replace(RAGGED_CACHE, page_size=size) for size in (1, 16)),
+    dataclasses.replace(SMALL_CACHE, kv_dtype="float8_e4m3fn"),
+    dataclasses.replace(SMALL_CACHE, dtype="float8_e4m3fn"),
+]
 ENVIRONMENT = {"device": "GPU", "jax": "1.2.3", "date": "2026-01-01", "commit": "abc"}
 
 
@@ -46,6 +56,17 @@ def test_bytes_are_those_of_the_inputs():
     assert row.bytes == 2 * 2 * (5 * 6 * 32 + 70 * 3 * (32 + 40))
     row = dataclasses.replace(row, kv_dtype="float8_e4m3fn")
     assert row.bytes == 2 * (2 * 5 * 6 * 32 + 70 * 3 * (32 + 40))
+
+
+def test_bytes_of_a_cache_are_those_that_count():
+    for row in (RAGGED_CACHE, dataclasses.replace(RAGGED_CACHE, page_size=16)):
+        assert row.bytes == 2 * (3 * 4 * 128 + (9 + 40 + 23) * 2 * 2 * 128)
+
+
+def test_decode_over_uneven_lengths_reads_as_much_as_over_even_ones():
+    uneven, even = SUITES["decode"].rows[-3:-1]
+    assert (uneven.kv_lengths, min(RAGGED), max(RAGGED), len(even.kv_lengths)) == (RAGGED, 100, 32768, 64)
+    assert abs(uneven.bytes / even.bytes - 1) < 1e-3
 
 
 @pytest.mark.parametrize("name", SUITES)
@@ -85,9 +106,54 @@ def test_fp8_keys_are_compared_with_those_of_the_dtype_of_q():
         libraries.ours_of_one_dtype(SMALL)
 
 
+@pytest.mark.parametrize("row", CACHES, ids=str)
+def test_caches_hold_what_the_oracle_reads(row):
+    q, k, v, lengths, *table = libraries.input_sets(row)[0]
+    assert lengths.tolist() == list(row.kv_lengths)
+    assert k.shape == v.shape == ((3, 40, 2, 128) if not table else (k.shape[0], row.page_size, 2, 128))
+    arguments = {"q": q, "k_cache": k, "v_cache": v, "cache_seqlens": lengths, "causal": row.causal}
+    if table:
+        assert sorted(table[0].flatten().tolist()) == list(range(k.shape[0]))
+        assert table[0].shape == (3, -(-40 // row.page_size))
+        arguments["page_table"] = table[0]
+    arguments = {name: x if name == "causal" else np.asarray(x) for name, x in arguments.items()}
+    truth, _ = oracle.attention(oracle.over_cache(arguments)[0])
+    out = np.asarray(libraries.prepare("jax_flash", row)[0](), np.float32)
+    most = benchmarks_main.MOST_DIFFERENCE.get(row.dtype, 0.02)
+    assert np.linalg.norm(out - truth) < most * np.linalg.norm(truth)
+
+
+@pytest.mark.parametrize("row", CACHES, ids=str)
+def test_caches_are_timed_by_those_that_take_them(row):
+    seconds, refused = measure(row)
+    assert seconds.keys() | refused.keys() == LIBRARIES.keys()
+    assert "jax_flash" in seconds
+    features = row.causal or row.kv_dtype or row.page_size or row.dtype == "float8_e4m3fn"
+    assert ("XLA" in seconds) == (not features)
+    if row.causal:
+        assert "first key" in refused["XLA"]
+
+
+def test_the_fastest_function_is_timed_once_it_is_asked_for(monkeypatch):
+    bursts = []
+
+    def timed(seconds, sets):
+        def timer():
+            bursts.append(seconds)
+            return [seconds]
+
+        return (lambda: f"took {seconds}"), timer
+
+    monkeypatch.setattr(libraries, "jax_timer", timed)
+    result, timer = libraries.fastest_timer([3.0, 1.0, 2.0], [])
+    assert bursts == []
+    assert (result(), timer(), timer()) == ("took 1.0", [1.0], [1.0])
+    assert bursts == [3.0, 1.0, 2.0, 1.0, 1.0]
+
+
 @pytest.mark.parametrize(
     "row",
-    [SMALL, packed("float8_e4m3fn", (3, 4), 3, 64), dataclasses.replace(SMALL_FP8, kv_heads=1)],
+    [SMALL, packed("float8_e4m3fn", (3, 4), 3, 64), dataclasses.replace(SMALL_FP8, kv_heads=1), CACHES[-1]],
     ids=str,
 )
 def test_only_plain_rows_of_fp8_have_v_quantised_in_the_jit(row):

@@ -8,7 +8,7 @@ import pytest
 from cases import CASES
 from tolerance import check
 
-from jax_flash import canonical, heuristics, launch
+from jax_flash import canonical, cuda, heuristics
 from jax_flash.spec import Call, Operands
 
 CHOICES = {
@@ -58,9 +58,9 @@ def test_choice(case, choices):
     arguments = case.arguments()
     call = Call(**arguments)
     attention, operands = canonical.canonical(call)
-    spec = heuristics.with_choices(launch.kernel_specs(attention, operands)[0], **choices)
+    spec = heuristics.with_choices(cuda.kernel_specs(attention, operands)[0], **choices)
     assert spec.shared_bytes <= heuristics.SHARED_LIMIT
-    forward = jax.jit(lambda *arrays: launch.prefill_cuda(attention, Operands(*arrays), [spec]))
+    forward = jax.jit(lambda *arrays: cuda.forward_prefill(attention, Operands(*arrays), [spec]))
     results = canonical.restore(call, *forward(*operands))
     check(arguments, *(results if call.return_lse else (results,)))
 
@@ -69,11 +69,11 @@ def test_choice(case, choices):
 def test_values_transposed_by_whomever_give_the_same_bits():
     call = Call(**next(case for case in CASES if case.id == "long-dense-causal-softcap-float8_e4m3fn").arguments())
     attention, operands = canonical.canonical(call)
-    spec = launch.kernel_specs(attention, operands)[0]
+    spec = cuda.kernel_specs(attention, operands)[0]
 
     def forward(transposes):
         chosen = heuristics.with_choices(spec, tile_m=128, tile_n=64, transposes=transposes)
-        return jax.jit(lambda *arrays: launch.prefill_cuda(attention, Operands(*arrays), [chosen]))(*operands)
+        return jax.jit(lambda *arrays: cuda.forward_prefill(attention, Operands(*arrays), [chosen]))(*operands)
 
     jax.tree.map(np.testing.assert_array_equal, forward(False), forward(True))
 
@@ -83,8 +83,8 @@ def test_choice_compiles(name):
     element = "float8_e4m3fn" if name.startswith("fp8") else "bfloat16"
     case = next(case for case in CASES if case.id == f"long-packed-causal-softcap-{element}")
     attention, operands = canonical.canonical(Call(**case.arguments()))
-    spec = heuristics.with_choices(launch.kernel_specs(attention, operands)[0], **CHOICES[name])
-    launch.compile_best("forward.cu", [spec])
+    spec = heuristics.with_choices(cuda.kernel_specs(attention, operands)[0], **CHOICES[name])
+    cuda.compile_best("forward.cu", [spec])
 
 
 def test_ids_are_of_cases():

@@ -13,8 +13,9 @@ import numpy as np
 import pytest
 from cases import CASES, Case
 
-from jax_flash import _ffi, canonical, codegen, decode, heuristics, jit, launch
-from jax_flash.spec import UNBOUNDED, Call, KernelSpec, Params
+from jax_flash import _ffi, canonical, codegen, cuda, decode, heuristics, jit
+from jax_flash.kernel_spec import AppendSpec, KernelSpec
+from jax_flash.spec import UNBOUNDED, Call, Params
 
 OUT = {"float16": "float16", "bfloat16": "bfloat16", "float8_e4m3fn": "bfloat16"}
 WINDOWS = {"full": (UNBOUNDED, UNBOUNDED), "causal": (UNBOUNDED, 0), "causal-left": (5000, 0), "narrow": (500, 0)}
@@ -24,7 +25,7 @@ DECODE_FEATURES = ("page_table", "cache_batch_idx", "window_left", "window_right
 
 def of_case(case: Case) -> list[KernelSpec]:
     """The kernels of a case, the best first."""
-    return launch.kernel_specs(*canonical.canonical(Call(**case.arguments())))
+    return cuda.kernel_specs(*canonical.canonical(Call(**case.arguments())))
 
 
 def of_grid(
@@ -139,6 +140,47 @@ def test_decode_compiles_without_a_spill(spec):
     assert kernel.registers * 32 * -(-spec.threads // 128) * 4 <= 2**16
 
 
+@pytest.mark.parametrize(
+    ("query", "new", "cache", "table"),
+    [
+        ("bfloat16", "bfloat16", "bfloat16", "float32"),
+        ("float16", "float32", "float8_e4m3fn", "bfloat16"),
+        ("float8_e4m3fn", "float8_e4m3fn", "float8_e4m3fn", "float16"),
+    ],
+)
+@pytest.mark.parametrize("everything", [False, True])
+def test_append_compiles(query, new, cache, table, everything):
+    flags = ("rotates", "rotary_interleaved", "windowed", "packed_q", "packed_new", "page_table")
+    spec = AppendSpec(
+        query=query,
+        new=new,
+        cache=cache,
+        table=table,
+        threads=cuda.APPEND_THREADS,
+        quantises=new != cache,
+        cache_batch_idx=not everything,
+        **dict.fromkeys(flags, everything),
+    )
+    assert jit.compile(codegen.source("append.cu", spec)).cubin.startswith(b"\x7fELF")
+
+
+@pytest.mark.parametrize(
+    ("tiles", "keys", "splits"),
+    [
+        *((2, 2048, 8), (2, 512, 4), (8, 4096, 8), (9, 4096, 14)),  # of a cluster, and past one
+        *((1, 131072, 132), (8, 131072, 16), (32, 65536, 4), (2, 100, 1)),
+        *((128, 2048, 1), (512, 8192, 1), (512, 32768, 4)),  # enough tiles, of which long ones are split
+    ],
+)
+def test_keys_are_split_for_few_tiles_and_for_long_ones(tiles, keys, splits):
+    assert decode.splits(tiles, keys, multiprocessors=132) == splits
+
+
+@pytest.mark.parametrize(("page_size", "box"), [(1, 1), (4, 4), (16, 16), (48, 16), (64, 64), (256, 64), (7, 1)])
+def test_copies_stay_in_a_page(page_size, box):
+    assert decode.box_keys(page_size, 64) == box
+
+
 # Of an instruction of compute capability 9.0: the last 12 bits of the first of its 16 bytes.
 WGMMA = {0x9F0, 0xDF0, 0x9F3, 0xDF3}  # of 16-bit elements and of FP8
 LANE_TO_UNIFORM_REGISTER = 0x2CA
@@ -155,7 +197,7 @@ def instructions(cubin: bytes) -> list[int]:
 
 @pytest.mark.parametrize("specs", kernels())
 def test_compiles_without_a_spill(specs):
-    spec, kernel = launch.compile_best("forward.cu", specs)
+    spec, kernel = cuda.compile_best("forward.cu", specs)
     assert kernel.cubin.startswith(b"\x7fELF")
     assert (kernel.spill_bytes, kernel.serialized) == (0, False), f"{spec}\n{kernel.log}"
     # setmaxnreg waits for ever for registers that the CTA was not launched with.
@@ -237,7 +279,7 @@ def test_fp8_values_lie_in_the_order_of_probabilities():
     """Of 16 keys a thread q of four holds, in its order, columns 2q, 2q + 1, 2q + 8 and 2q + 9 of P (fragment.cuh)."""
     groups, rows, heads, columns = 2, 41, 3, 16
     v = np.arange(groups * rows * heads * columns).reshape(groups, rows, heads, columns)
-    transposed = np.asarray(launch.transpose_fp8_values(v))
+    transposed = np.asarray(cuda.transpose_fp8_values(v))
     assert transposed.shape == (groups, heads, columns, 48)
     keys = [key for q in range(4) for key in (2 * q, 2 * q + 1, 2 * q + 8, 2 * q + 9)]
     order = [start + key for start in (0, 16, 32) for key in keys]

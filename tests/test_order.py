@@ -11,8 +11,9 @@ import jax
 import jax.numpy as jnp
 import pytest
 
-from jax_flash import launch, order
-from jax_flash.spec import UNBOUNDED, Attention, KernelSpec, Operands, Params
+from jax_flash import cuda, order
+from jax_flash.kernel_spec import KernelSpec
+from jax_flash.spec import UNBOUNDED, Attention, Operands, Params
 
 
 def quotient(divisor: order.Divisor, x: int) -> int:
@@ -57,7 +58,7 @@ def call(head_dim: int, length: int, batch: int, heads: int, causal: bool) -> tu
     scale = jax.ShapeDtypeStruct((1, 1), jnp.float32)
     operands = Operands(rows, rows, rows, scale, scale, *[jax.ShapeDtypeStruct((0,), jnp.int32)] * 8)
     attention = Attention(window_right=0 if causal else UNBOUNDED, out_dtype="bfloat16")
-    return launch.kernel_specs(attention, operands)[0], Params.of(attention, operands)
+    return cuda.kernel_specs(attention, operands)[0], Params.of(attention, operands)
 
 
 def tiles_of_ctas(spec, params, ctas: int) -> list[list[tuple[int, int]]]:

@@ -26,6 +26,22 @@ __device__ __forceinline__ int draw(const Operands& operands, const Grid& grid) 
   return uniform(item);
 }
 
+// What belongs to the rows of a tile, by one warp, so that nobody else waits for global memory.
+__device__ __forceinline__ void describe(Work& work, const Rows& rows, const Operands& operands, const Params& params) {
+  const int sequence = max(rows.tile.sequence, 0);
+  for (int row = lane_index(); row < rows.count; row += kWarpSize) {
+    const int head = rows.head(row);
+    work.scale[row] = __ldg(operands.scale + sequence * params.scale_batch_stride + head * params.scale_head_stride);
+    if constexpr (spec::kSinks) {
+      work.sink[row] = __ldg(operands.sinks + sequence * params.sinks_batch_stride + head);
+    }
+  }
+  if (lane_index() == 0) {
+    work.v_scale =
+        __ldg(operands.v_scale + sequence * params.v_scale_batch_stride + rows.kv_head * params.v_scale_head_stride);
+  }
+}
+
 // The warp that finds tiles. The first one of a CTA is its own, others are drawn.
 __device__ __forceinline__ void find_work(SharedStorage& shared, const Operands& operands, const Params& params,
                                           const Grid& grid) {
@@ -42,7 +58,10 @@ __device__ __forceinline__ void find_work(SharedStorage& shared, const Operands&
       if (more) work.share = Share(rows, params, grid);
       work.located.arrive();
     }
-    if (more) load_q(shared.q[ring.slot], rows, operands, params);
+    if (more) {
+      load_q(shared.q[ring.slot], rows, operands, params);
+      describe(work, rows, operands, params);
+    }
     work.full.arrive();
     ring.advance();
   }
@@ -53,23 +72,28 @@ extern "C" __global__ void __launch_bounds__(kThreads, 1)
            const __grid_constant__ Params params, const __grid_constant__ Grid grid) {
   extern __shared__ __align__(1024) u8 shared_bytes[];
   SharedStorage& shared = *reinterpret_cast<SharedStorage*>(shared_bytes);
-  if (threadIdx.x == 0) {
+  // The warp that loads prepares the barriers, and waits for nobody: all begins with what it brings.
+  if (warp_index() == kWarps) {
+    if (lane_index() == 0) {
+      tma_prefetch(maps.k);
+      tma_prefetch(maps.v);
+    }
     shared.init();
     fence_barrier_init();
-    tma_prefetch(maps.k);
-    tma_prefetch(maps.v);
-  }
-  __syncthreads();
-  if (warp_index() == spec::kWarps) {
-    find_work(shared, operands, params, grid);
-  } else if (warp_index() == spec::kWarps + 1) {
-    Loader(shared, maps, operands, params).run();
+    __syncwarp();
+    named_arrive(kStartBarrier, kThreads);
+    Loader(shared, maps, operands, params).run(grid);
   } else {
-    Consumer(shared, operands, params, grid).run();
+    named_sync(kStartBarrier, kThreads);
+    if (warp_index() > kWarps) {
+      find_work(shared, operands, params, grid);
+    } else {
+      Consumer(shared, operands, params, grid).run();
+    }
   }
   if constexpr (spec::kCluster > 1) {  // then a CTA has one tile at most
     cluster_sync();
-    if (warp_index() < spec::kWarps) join_cluster(shared, shared.work[0].rows, operands, params);
+    if (warp_index() < kWarps) join_cluster(shared, shared.work[0], operands, params);
     cluster_sync();  // no CTA may end while another reads its memory
   }
 }

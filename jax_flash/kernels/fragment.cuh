@@ -39,7 +39,7 @@ struct Probabilities {
         for (int a = 0; a < 4; ++a) steps[i][a] = pack2<Element>(s[8 * i + 2 * a], s[8 * i + 2 * a + 1]);
       } else {
         // 32 columns in the registers' own order: column 16h + 8i + 2q + e of P lands at position 16h + 4q + 2i + e of
-        // the A operand, and launch.py lays V's keys out the same way.
+        // the A operand, and cuda.py lays V's keys out the same way.
         const float* d = s + 16 * i;
         steps[i][0] = pack4_e4m3(d[0], d[1], d[4], d[5]);
         steps[i][1] = pack4_e4m3(d[2], d[3], d[6], d[7]);

@@ -16,22 +16,18 @@
 namespace jax_flash {
 
 // The end of a row, by whoever has all of its parts.
-__device__ __forceinline__ void finish_row(Part part, int row, int column, const Rows& rows, const Operands& operands,
+__device__ __forceinline__ void finish_row(Part part, int row, int column, const Work& work, const Operands& operands,
                                            const Params& params) {
   if (column >= params.head_dim_v) return;
+  const Rows& rows = work.rows;
   const Tile& tile = rows.tile;
   const int query = rows.query(row);
-  const int sequence = max(tile.sequence, 0);
   const bool used = query < tile.q_len;
   const bool sees = used && first_key(tile, params, query) < last_key(tile, params, query);
-  float sink = -kInfinity;
-  if constexpr (spec::kSinks) {
-    sink = __ldg(operands.sinks + sequence * params.sinks_batch_stride + rows.head(row));
-    part = with_sink(part, sink);
-  }
+  const float sink = spec::kSinks ? work.sink[row] : -kInfinity;
+  if constexpr (spec::kSinks) part = with_sink(part, sink);
   float lse = finish(part);
-  part.out = scaled(part.out, __ldg(operands.v_scale + sequence * params.v_scale_batch_stride +
-                                    rows.kv_head * params.v_scale_head_stride));
+  part.out = scaled(part.out, work.v_scale);
   if (!sees) {
     part.out = float4{};
     lse = used ? sink : -kInfinity;
@@ -64,9 +60,9 @@ __device__ __forceinline__ Part load_part(const float* split, int row, int colum
 }
 
 // Joins what the consumer warps made of their keys. Ends the rows, if no other CTA has keys of them.
-__device__ __forceinline__ void join_warps(SharedStorage& shared, const Rows& rows, const Operands& operands,
+__device__ __forceinline__ void join_warps(SharedStorage& shared, const Work& work, const Operands& operands,
                                            const Params& params, float* split) {
-  each_vector(rows, threadIdx.x, kConsumerThreads, [&](int row, int column) {
+  each_vector(work.rows, threadIdx.x, kConsumerThreads, [&](int row, int column) {
     Part parts[kKeyWarps];
 #pragma unroll
     for (int warp = 0; warp < kKeyWarps; ++warp) {
@@ -80,16 +76,16 @@ __device__ __forceinline__ void join_warps(SharedStorage& shared, const Rows& ro
       *reinterpret_cast<float4*>(&shared.out[0][row][column]) = part.out;
       if (column == 0) shared.joined[row] = {part.largest, part.sum};
     } else {
-      finish_row(part, row, column, rows, operands, params);
+      finish_row(part, row, column, work, operands, params);
     }
   });
 }
 
 // Joins what the CTAs of a cluster made of theirs; each ends some of the columns. Cluster barriers go before and after.
-__device__ __forceinline__ void join_cluster(SharedStorage& shared, const Rows& rows, const Operands& operands,
+__device__ __forceinline__ void join_cluster(SharedStorage& shared, const Work& work, const Operands& operands,
                                              const Params& params) {
-  const int thread = rows.split * kConsumerThreads + threadIdx.x;
-  each_vector(rows, thread, spec::kCluster * kConsumerThreads, [&](int row, int column) {
+  const int thread = work.rows.split * kConsumerThreads + threadIdx.x;
+  each_vector(work.rows, thread, spec::kCluster * kConsumerThreads, [&](int row, int column) {
     Part parts[spec::kCluster];
 #pragma unroll
     for (int cta = 0; cta < spec::kCluster; ++cta) {
@@ -97,22 +93,22 @@ __device__ __forceinline__ void join_cluster(SharedStorage& shared, const Rows& 
       parts[cta] = {joined.x, joined.y,
                     cluster_load(reinterpret_cast<const float4*>(&shared.out[0][row][column]), cta)};
     }
-    finish_row(join(parts), row, column, rows, operands, params);
+    finish_row(join(parts), row, column, work, operands, params);
   });
 }
 
 // Joins what splits made of theirs, in the same order whoever is the last one and does so.
-__device__ __forceinline__ void join_splits(SharedStorage& shared, const Rows& rows, const Operands& operands,
+__device__ __forceinline__ void join_splits(SharedStorage& shared, const Work& work, const Operands& operands,
                                             const Params& params, const float* first_split, int splits) {
   __threadfence();
   named_sync(kConsumerBarrier, kConsumerThreads);
   if (threadIdx.x == 0) {
-    shared.last = atomicAdd(operands.counters + 1 + rows.item, 1) == splits - 1;
+    shared.last = atomicAdd(operands.counters + 1 + work.rows.item, 1) == splits - 1;
     __threadfence();
   }
   named_sync(kConsumerBarrier, kConsumerThreads);
   if (shared.last == 0) return;
-  each_vector(rows, threadIdx.x, kConsumerThreads, [&](int row, int column) {
+  each_vector(work.rows, threadIdx.x, kConsumerThreads, [&](int row, int column) {
     Part all{-kInfinity, 0.0f, float4{}};
     for (int split = 0; split < splits; split += kPartsAtOnce) {
       Part parts[kPartsAtOnce];
@@ -123,16 +119,16 @@ __device__ __forceinline__ void join_splits(SharedStorage& shared, const Rows& r
       }
       all = join<2>({all, join(parts)});
     }
-    finish_row(all, row, column, rows, operands, params);
+    finish_row(all, row, column, work, operands, params);
   });
 }
 
-__device__ __forceinline__ void join_parts(SharedStorage& shared, const Rows& rows, const Operands& operands,
+__device__ __forceinline__ void join_parts(SharedStorage& shared, const Work& work, const Operands& operands,
                                            const Params& params, const Grid& grid) {
   const int splits = grid.splits.value;
-  float* first_split = operands.parts + i64{rows.item} * splits * kPartFloats;
-  join_warps(shared, rows, operands, params, first_split + i64{rows.split} * kPartFloats);
-  if constexpr (spec::kPartial) join_splits(shared, rows, operands, params, first_split, splits);
+  float* first_split = operands.parts + i64{work.rows.item} * splits * kPartFloats;
+  join_warps(shared, work, operands, params, first_split + i64{work.rows.split} * kPartFloats);
+  if constexpr (spec::kPartial) join_splits(shared, work, operands, params, first_split, splits);
 }
 
 }  // namespace jax_flash

@@ -57,13 +57,16 @@ class Loader {
                                     const Params& params)
       : shared_(shared), maps_(maps), operands_(operands), params_(params) {}
 
-  __device__ __forceinline__ void run() {
+  // The first tile it finds for itself: nothing is loaded before.
+  __device__ __forceinline__ void run(const Grid& grid) {
+    Rows first;
+    if (find_rows(blockIdx.x, first, operands_, params_, grid)) load(first, Share(first, params_, grid));
     Ring<kWorkSlots> works;
-    while (true) {
+    for (bool is_first = true;; is_first = false) {
       Work& work = shared_.work[works.slot];
       work.located.wait(works.phase);
       if (work.rows.count == 0) return;
-      load(work.rows, work.share);
+      if (!is_first) load(work.rows, work.share);
       work.empty.arrive();
       works.advance();
     }

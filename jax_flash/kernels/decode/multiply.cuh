@@ -36,7 +36,7 @@ class Consumer {
       Work& work = shared_.work[works.slot];
       work.full.wait(works.phase);
       if (work.rows.count == 0) return;
-      begin(work.rows);
+      begin(work);
       for (; i < work.share.count; i += kKeyWarps) {
         const int block = work.share.block(i);
         shared_.full[ring.slot].wait(ring.phase);
@@ -52,7 +52,7 @@ class Consumer {
       i -= work.share.count;
       store(work.rows);
       named_sync(kConsumerBarrier, kConsumerThreads);
-      join_parts(shared_, work.rows, operands_, params_, grid_);
+      join_parts(shared_, work, operands_, params_, grid_);
       named_sync(kConsumerBarrier, kConsumerThreads);
       work.empty.arrive();
       works.advance();
@@ -62,14 +62,12 @@ class Consumer {
  private:
   using Element = spec::Element;
 
-  __device__ __forceinline__ void begin(const Rows& rows) {
+  __device__ __forceinline__ void begin(const Work& work) {
 #pragma unroll
     for (int r = 0; r < kRowsPerThread; ++r) {
-      const int row = min(first_row_ + lane_index() / 4 + 8 * r, rows.count - 1);
-      scale_[r] = __ldg(operands_.scale + max(rows.tile.sequence, 0) * params_.scale_batch_stride +
-                        rows.head(row) * params_.scale_head_stride);
-      scale_[r] *= spec::kSoftcap ? 2.0f * kLog2E / params_.softcap : kLog2E;
-      query_[r] = rows.query(row);
+      const int row = min(first_row_ + lane_index() / 4 + 8 * r, work.rows.count - 1);
+      scale_[r] = work.scale[row] * (spec::kSoftcap ? 2.0f * kLog2E / params_.softcap : kLog2E);
+      query_[r] = work.rows.query(row);
       largest_[r] = -kInfinity;
       sum_[r] = 0.0f;
     }

@@ -22,16 +22,19 @@ constexpr int kBlockBytes = spec::kTileN * kSwizzleBytes;  // of kBoxColumns col
 constexpr int kPieces = spec::kTileN / spec::kBoxKeys;     // of a block, each in one page
 static_assert(kPieces <= kWarpSize, "each has a lane");
 
+constexpr int kWarps = 4;  // that multiply
 constexpr int kWarpRows = 16;
 constexpr int kRowWarps = spec::kTileM / kWarpRows;
-constexpr int kKeyWarps = spec::kWarps / kRowWarps;
-constexpr int kConsumerThreads = spec::kWarps * kWarpSize;
+constexpr int kKeyWarps = kWarps / kRowWarps;
+constexpr int kConsumerThreads = kWarps * kWarpSize;
 constexpr int kThreads = kConsumerThreads + 2 * kWarpSize;
 static_assert(kThreads == spec::kThreads, "decode.py launches as many threads");
 // A warp that waited for a buffer that others use too could take an older phase of its barrier for the one to come.
 static_assert(spec::kStages % kKeyWarps == 0, "a buffer is always the same warp's");
 
-constexpr int kConsumerBarrier = 1;  // 0 is __syncthreads
+// Named barriers; 0 is __syncthreads.
+constexpr int kConsumerBarrier = 1;
+constexpr int kStartBarrier = 2;
 
 constexpr int kQStride = spec::kHeadDim * 2 + 16;  // bytes of a row: eight of them lie in different banks
 constexpr int kOutStride = spec::kHeadDimV + 8;    // floats, likewise
@@ -39,10 +42,13 @@ constexpr int kOutStride = spec::kHeadDimV + 8;    // floats, likewise
 // A tile as the warp that finds it hands it over. No rows end the work.
 struct Work {
   Barrier located;  // its rows and blocks are known,
-  Barrier full;     // and Q is there
+  Barrier full;     // and Q and the rest are there
   Barrier empty;    // all who read it have done so
   Rows rows;
   Share share;
+  float v_scale;
+  float scale[spec::kTileM];  // of each row
+  float sink[spec::kTileM];
 };
 constexpr int kWorkSlots = 2;
 
@@ -60,15 +66,16 @@ struct alignas(1024) SharedStorage {
   Work work[kWorkSlots];
   int last;  // whether this CTA is the last one that has worked on its rows
 
+  // By one warp.
   __device__ __forceinline__ void init() {
-    for (int stage = 0; stage < spec::kStages; ++stage) {
+    for (int stage = lane_index(); stage < spec::kStages; stage += kWarpSize) {
       full[stage].init(1);
       empty[stage].init(kRowWarps);
     }
-    for (int slot = 0; slot < kWorkSlots; ++slot) {
-      work[slot].located.init(1);
-      work[slot].full.init(kWarpSize);
-      work[slot].empty.init(kConsumerThreads + kWarpSize);
+    if (lane_index() < kWorkSlots) {
+      work[lane_index()].located.init(1);
+      work[lane_index()].full.init(kWarpSize);
+      work[lane_index()].empty.init(kConsumerThreads + kWarpSize);
     }
   }
 };

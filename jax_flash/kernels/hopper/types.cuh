@@ -72,6 +72,44 @@ __device__ __forceinline__ u32 widen2(u32 narrow) {
   return wide;
 }
 
+template <typename Element>
+__device__ __forceinline__ float number_of(u16 bits);
+
+template <>
+__device__ __forceinline__ float number_of<Float16>(u16 bits) {
+  float x;
+  asm("cvt.f32.f16 %0, %1;" : "=f"(x) : "h"(bits));
+  return x;
+}
+
+template <>
+__device__ __forceinline__ float number_of<BFloat16>(u16 bits) {
+  return __uint_as_float(static_cast<u32>(bits) << 16);
+}
+
+// One number of an array.
+template <typename Element>
+__device__ __forceinline__ float load_number(const void* array, i64 i) {
+  if constexpr (Element::kBytes == 4) {
+    return static_cast<const float*>(array)[i];
+  } else if constexpr (Element::kBytes == 2) {
+    return number_of<Element>(static_cast<const u16*>(array)[i]);
+  } else {
+    return number_of<Float16>(static_cast<u16>(widen2(static_cast<const u8*>(array)[i])));
+  }
+}
+
+template <typename Element>
+__device__ __forceinline__ void store_number(void* array, i64 i, float x) {
+  if constexpr (Element::kBytes == 4) {
+    static_cast<float*>(array)[i] = x;
+  } else if constexpr (Element::kBytes == 2) {
+    static_cast<u16*>(array)[i] = static_cast<u16>(pack2<Element>(x, 0.0f));
+  } else {
+    static_cast<u8*>(array)[i] = static_cast<u8>(pack4_e4m3(x, 0.0f, 0.0f, 0.0f));
+  }
+}
+
 // Four of the eight bytes of two words: hex digit i of the selector tells which one byte i is.
 __device__ __forceinline__ u32 pick_bytes(u32 low, u32 high, u32 selector) {
   u32 bytes;
