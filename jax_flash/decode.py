@@ -29,6 +29,9 @@ BUFFERS = 2
 WARPS = 4
 """That multiply, as kernels/decode/storage.cuh has it; more are not faster, even where they widen keys and values."""
 
+LEAST_BOX_KEYS = 8
+"""Of a copy of TMA; where pages allow fewer, warps gather keys one by one."""
+
 MAX_CLUSTER = 8
 """CTAs of a cluster that every GPU of compute capability 9.0 takes."""
 
@@ -116,16 +119,17 @@ def _tilings(fixed: dict[str, Any], page_size: int | None) -> Iterator[DecodeSpe
     for ring_bytes in RING_BYTES:
         stages = max(4, BUFFERS * 16 * WARPS // fixed["tile_m"])
         tile_n = max(16, min(64, ring_bytes // stages // key_bytes(fixed) // 16 * 16))
-        box = tile_n
-        if page_size is not None:
-            box = box_keys(page_size, tile_n)
+        box = tile_n if page_size is None else box_keys(page_size, tile_n)
+        gathers = box < LEAST_BOX_KEYS
+        if not gathers:
             tile_n = min(tile_n, 32 * box)  # a lane has one copy
         tiling = {"tile_n": tile_n, "stages": stages}
         yield DecodeSpec(
             **fixed,
             **tiling,
             box_keys=box,
-            threads=32 * (WARPS + 2),
+            gathers=gathers,
+            threads=32 * (WARPS + (2 if gathers else 1) + 1),
             shared_bytes=shared_bytes(**fixed, **tiling),
         )
 

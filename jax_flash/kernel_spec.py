@@ -93,6 +93,8 @@ class DecodeSpec:
     """Keys that a buffer holds."""
     box_keys: int
     """Keys that one TMA copy brings; they lie in one page."""
+    gathers: bool
+    """Whether two warps copy keys and values one by one instead, as small pages need."""
     stages: int
     """Buffers, each for keys and their values."""
     cluster: int
@@ -102,7 +104,7 @@ class DecodeSpec:
     draws: bool
     """Whether there are more tiles than CTAs, which then draw them."""
     threads: int
-    """Of a CTA: four warps that multiply, one that loads keys and values, one that finds tiles."""
+    """Of a CTA: four warps that multiply, one or two that load keys and values, one that finds tiles."""
     shared_bytes: int
     key_alignment: int
     window_left: bool

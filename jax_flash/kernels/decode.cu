@@ -72,8 +72,9 @@ extern "C" __global__ void __launch_bounds__(kThreads, 1)
            const __grid_constant__ Params params, const __grid_constant__ Grid grid) {
   extern __shared__ __align__(1024) u8 shared_bytes[];
   SharedStorage& shared = *reinterpret_cast<SharedStorage*>(shared_bytes);
-  // The warp that loads prepares the barriers, and waits for nobody: all begins with what it brings.
-  if (warp_index() == kWarps) {
+  // The first warp that loads prepares the barriers, and waits for nobody: all begins with what it brings.
+  const int loader = warp_index() - kWarps;
+  if (loader == 0) {
     if (lane_index() == 0) {
       tma_prefetch(maps.k);
       tma_prefetch(maps.v);
@@ -82,14 +83,15 @@ extern "C" __global__ void __launch_bounds__(kThreads, 1)
     fence_barrier_init();
     __syncwarp();
     named_arrive(kStartBarrier, kThreads);
-    Loader(shared, maps, operands, params).run(grid);
   } else {
     named_sync(kStartBarrier, kThreads);
-    if (warp_index() > kWarps) {
-      find_work(shared, operands, params, grid);
-    } else {
-      Consumer(shared, operands, params, grid).run();
-    }
+  }
+  if (loader == kLoaders) {
+    find_work(shared, operands, params, grid);
+  } else if (loader >= 0) {
+    Loader(shared, maps, operands, params, loader).run(grid);
+  } else {
+    Consumer(shared, operands, params, grid).run();
   }
   if constexpr (spec::kCluster > 1) {  // then a CTA has one tile at most
     cluster_sync();

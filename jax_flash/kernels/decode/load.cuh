@@ -2,6 +2,7 @@
 #pragma once
 
 #include "decode/storage.cuh"
+#include "hopper/async.cuh"
 #include "hopper/barrier.cuh"
 #include "hopper/tma.cuh"
 #include "hopper/types.cuh"
@@ -49,13 +50,14 @@ __device__ __forceinline__ void load_q(u8 (&q)[spec::kTileM][kQStride], const Ro
   }
 }
 
-// The warp that loads keys and values. Every lane has a piece of kBoxKeys keys, of 32 that follow each other, and knows
-// where these lie; the next ones are on their way.
+// A warp that loads keys and values.
 class Loader {
  public:
   __device__ __forceinline__ Loader(SharedStorage& shared, const TensorMaps& maps, const Operands& operands,
-                                    const Params& params)
-      : shared_(shared), maps_(maps), operands_(operands), params_(params) {}
+                                    const Params& params, int warp)
+      : shared_(shared), maps_(maps), operands_(operands), params_(params), block_(warp) {
+    for (int i = 0; i < warp; ++i) ring_.advance();
+  }
 
   // The first tile it finds for itself: nothing is loaded before.
   __device__ __forceinline__ void run(const Grid& grid) {
@@ -74,6 +76,16 @@ class Loader {
 
  private:
   __device__ __forceinline__ void load(const Rows& rows, const Share& share) {
+    if constexpr (spec::kGathers) {
+      gather(rows, share);
+    } else {
+      copy(rows, share);
+    }
+  }
+
+  // By TMA. Every lane has a piece of kBoxKeys keys, of 32 that follow each other, and knows where these lie; the next
+  // ones are on their way.
+  __device__ __forceinline__ void copy(const Rows& rows, const Share& share) {
     int piece = 0;  // after those of the lanes
     int page, row;
     int next_key = key_of(share, lane_index());
@@ -106,6 +118,54 @@ class Loader {
     }
   }
 
+  // Key by key, where pages are small: every kLoaders-th block, of whose keys a lane has some, and knows the next ones.
+  __device__ __forceinline__ void gather(const Rows& rows, const Share& share) {
+    int keys[kKeysOfLane], next[kKeysOfLane];
+    locate(rows, share, block_, next);
+    for (; block_ < share.count; block_ += kLoaders) {
+#pragma unroll
+      for (int i = 0; i < kKeysOfLane; ++i) keys[i] = next[i];
+      locate(rows, share, block_ + kLoaders, next);
+      shared_.empty[ring_.slot].wait(ring_.phase ^ 1);
+      gather_rows<kKBoxes>(shared_.k[ring_.slot], operands_.k, params_.head_dim * kKvBytes, keys);
+      gather_rows<kVBoxes>(shared_.v[ring_.slot], operands_.v, params_.head_dim_v * kKvBytes, keys);
+      arrive_after_copies(shared_.full[ring_.slot]);
+      for (int i = 0; i < kLoaders; ++i) ring_.advance();
+    }
+    block_ -= share.count;
+  }
+
+  static constexpr int kKeysOfLane = (spec::kTileN + kWarpSize - 1) / kWarpSize;
+
+  // Where the lane's keys of a block lie, in rows of one head.
+  __device__ __forceinline__ void locate(const Rows& rows, const Share& share, int block, int (&keys)[kKeysOfLane]) {
+#pragma unroll
+    for (int i = 0; i < kKeysOfLane; ++i) {
+      const int key = share.block(block) * spec::kTileN + i * kWarpSize + lane_index();
+      const int row = page_of(rows, key) * params_.kv_rows + key % params_.kv_rows;
+      keys[i] = row * params_.kv_heads + rows.kv_head;
+    }
+  }
+
+  template <int kBoxes>
+  __device__ __forceinline__ void gather_rows(u8* buffer, const void* array, int row_bytes,
+                                              const int (&keys)[kKeysOfLane]) {
+    constexpr int kVectors = kBoxes * kSwizzleBytes / 16;
+#pragma unroll 8
+    for (int first = 0; first < spec::kTileN * kVectors; first += kWarpSize) {
+      const int key = (first + lane_index()) / kVectors;
+      const int vector = (first + lane_index()) % kVectors;
+      int row = __shfl_sync(kAllLanes, keys[0], key % kWarpSize);
+      if constexpr (kKeysOfLane > 1) {
+        const int other = __shfl_sync(kAllLanes, keys[kKeysOfLane - 1], key % kWarpSize);
+        if (key >= kWarpSize) row = other;
+      }
+      u8* to = buffer + vector / 8 * kBlockBytes + key * kSwizzleBytes + (vector % 8 ^ key % 8) * 16;
+      const u8* from = static_cast<const u8*>(array) + static_cast<i64>(row) * row_bytes + vector * 16;
+      copy_async(to, from, vector * 16 < row_bytes);
+    }
+  }
+
   // The first key of a piece.
   __device__ __forceinline__ static int key_of(const Share& share, int piece) {
     return share.block(piece / kPieces) * spec::kTileN + piece % kPieces * spec::kBoxKeys;
@@ -124,6 +184,7 @@ class Loader {
   const Operands& operands_;
   const Params& params_;
   Ring<spec::kStages> ring_;
+  int block_;  // of those of a tile, the next that is this warp's; TMA has one warp for all
 };
 
 }  // namespace jax_flash

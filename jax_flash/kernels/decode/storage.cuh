@@ -20,17 +20,18 @@ constexpr int kKBoxes = (spec::kHeadDim + kBoxColumns - 1) / kBoxColumns;
 constexpr int kVBoxes = (spec::kHeadDimV + kBoxColumns - 1) / kBoxColumns;
 constexpr int kBlockBytes = spec::kTileN * kSwizzleBytes;  // of kBoxColumns columns of a block of keys
 constexpr int kPieces = spec::kTileN / spec::kBoxKeys;     // of a block, each in one page
-static_assert(kPieces <= kWarpSize, "each has a lane");
+static_assert(spec::kGathers || kPieces <= kWarpSize, "each has a lane");
 
 constexpr int kWarps = 4;  // that multiply
 constexpr int kWarpRows = 16;
 constexpr int kRowWarps = spec::kTileM / kWarpRows;
 constexpr int kKeyWarps = kWarps / kRowWarps;
 constexpr int kConsumerThreads = kWarps * kWarpSize;
-constexpr int kThreads = kConsumerThreads + 2 * kWarpSize;
+constexpr int kLoaders = spec::kGathers ? 2 : 1;  // warps that load keys and values
+constexpr int kThreads = kConsumerThreads + (kLoaders + 1) * kWarpSize;
 static_assert(kThreads == spec::kThreads, "decode.py launches as many threads");
 // A warp that waited for a buffer that others use too could take an older phase of its barrier for the one to come.
-static_assert(spec::kStages % kKeyWarps == 0, "a buffer is always the same warp's");
+static_assert(spec::kStages % kKeyWarps == 0 && spec::kStages % kLoaders == 0, "a buffer is always the same warp's");
 
 // Named barriers; 0 is __syncthreads.
 constexpr int kConsumerBarrier = 1;
@@ -69,13 +70,13 @@ struct alignas(1024) SharedStorage {
   // By one warp.
   __device__ __forceinline__ void init() {
     for (int stage = lane_index(); stage < spec::kStages; stage += kWarpSize) {
-      full[stage].init(1);
+      full[stage].init(spec::kGathers ? kWarpSize : 1);
       empty[stage].init(kRowWarps);
     }
     if (lane_index() < kWorkSlots) {
       work[lane_index()].located.init(1);
       work[lane_index()].full.init(kWarpSize);
-      work[lane_index()].empty.init(kConsumerThreads + kWarpSize);
+      work[lane_index()].empty.init(kConsumerThreads + kLoaders * kWarpSize);
     }
   }
 };
