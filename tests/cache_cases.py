@@ -222,4 +222,49 @@ APPENDED = [
     )
 ]
 
-CACHE_CASES = [*LAYOUTS, *QUERIES, *FEATURES, *FP8_KEYS, *APPENDED]
+FA3_LENGTHS = (
+    *((1, 128), (1, 339), (3, 1024), (64, 800), (64, 256), (3, 799), (64, 2048), (16, 20000), (128, 128), (256, 512)),
+    (2048, 3577),
+)
+
+
+def _fa3(number: int, q_len: int, k_len: int) -> CacheCase:
+    """Of FlashAttention-3's own grid: the features turn with the number, so that neighbours differ in all of them."""
+    rng = np.random.default_rng(number)
+    packed, appends, page_size = number % 3 == 2, number % 2 == 0, (None, 1, 4, 128)[number % 4]
+    q_lens = tuple(rng.integers(1, q_len + 1, 5).tolist()) if packed else (q_len,) * 5
+    new_len = None if packed or not appends else max(1, q_len // (1, 3)[number % 4 // 2])
+    k_lens = rng.integers(0, k_len - (q_len if appends else 0) + 1, 5)
+    dtype, kv_dtype = (("bfloat16", None), ("float16", "float8_e4m3fn"), ("float8_e4m3fn", None))[number // 2 % 3]
+    masks = ({}, {"window_size": (k_len // 3, k_len // 5), "causal": False}, {"causal": False}, {"window_size": (9, 0)})
+    return CacheCase(
+        id=f"fa3-{number}-{q_len}x{k_len}",
+        dtype=dtype,
+        kv_dtype=kv_dtype,
+        new_dtype=dtype if appends and kv_dtype else None,
+        q_lens=q_lens,
+        k_lens=tuple(k_lens.tolist()),
+        capacity=-(-k_len // (page_size or 1)) * (page_size or 1),
+        page_size=page_size,
+        batch_idx=not page_size and number % 8 < 4,
+        leftpad=tuple((k_lens * rng.uniform(0, 0.5, 5)).astype(int).tolist()) if number % 5 == 1 else None,
+        packed_q=packed,
+        packed_new=packed and appends,
+        new_len=new_len,
+        rotary=(0.5, 1.0, 0.0)[number // 3 % 3] if appends else 0.0,
+        rotary_interleaved=number % 7 < 3,
+        rotary_rows=k_len,
+        kv_heads=(6, 3, 1)[number // 2 % 3],
+        head_dim=128,
+        descales="kv_head" if "float8_e4m3fn" in (dtype, kv_dtype) else None,
+        num_splits=(1, 3, None)[number % 3],
+        **masks[number // 2 % 4],
+    )
+
+
+FA3 = [_fa3(3 * i + turn, *lengths) for i, lengths in enumerate(FA3_LENGTHS) for turn in range(3)]
+
+LONG = [case for case in FA3 if max(case.k_lens) * max(case.q_lens) > 2**18]
+"""What NumPy takes long for: run where there is a GPU alone."""
+
+CACHE_CASES = [*(case for case in FA3 if case not in LONG), *LAYOUTS, *QUERIES, *FEATURES, *FP8_KEYS, *APPENDED]

@@ -8,7 +8,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from cache_cases import CACHE_CASES, CacheCase
+from cache_cases import CACHE_CASES, LONG, CacheCase
 from conftest import on_each_kernel
 from oracle import over_cache
 from tolerance import check, run
@@ -53,6 +53,13 @@ def check_cache(name, cache, expected, exact):
 def test_case(kernel, case):
     arguments = case.arguments()
     check_call(arguments, run(arguments, implementation=kernel))
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("case", LONG, ids=str)
+def test_long_case(case):
+    arguments = case.arguments()
+    check_call(arguments, run(arguments, implementation="cuda"))
 
 
 # Index arrays may hold anything.
