@@ -108,7 +108,7 @@ def next_tokens_without_cache(weights, tokens, lengths):
         return jnp.concatenate([x1 * cos - x2 * sin, x1 * sin + x2 * cos], -1)
 
     def attend(i, q, k, v):
-        k8, v8 = ((x.astype(jnp.float32) / DESCALE).astype(FP8) for x in (rotated(k), v))
+        k8, v8 = (jnp.clip(x.astype(jnp.float32) / DESCALE, -448, 448).astype(FP8) for x in (rotated(k), v))
         q = rotated(q).astype(q.dtype)
         return jax_flash.attention(
             q, k8, v8, causal=True, seqused_q=lengths, seqused_k=lengths, k_descale=DESCALE, v_descale=DESCALE

@@ -21,7 +21,7 @@
 
 namespace jax_flash {
 
-// One tensor map as launch.TensorMap flattens it.
+// One tensor map as tensor_map.TensorMap flattens it.
 struct TensorMapRecord {
   static constexpr int kRank = 4;
 

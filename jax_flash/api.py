@@ -167,8 +167,8 @@ def attention_with_kv_cache(
       k_cache: keys, (B, S, Hk, D) or, paged, (pages, page size, Hk, D), of the dtype of q or float8_e4m3fn.
       v_cache: values, (B, S, Hk, Dv) or (pages, page size, Hk, Dv), of the dtype of k_cache.
       k_new: keys to append, dense (B, S_new, Hk, D) or, where q is packed, packed like it, (Tq, Hk, D). They are of the
-        dtype of k_cache and copied bit for bit; or float16, bfloat16 or float32 over a float8_e4m3fn cache, which
-        takes k_new / k_descale, 448 at most.
+        dtype of k_cache, and copied bit for bit unless rotated; or float16, bfloat16 or float32 over a float8_e4m3fn
+        cache, which takes k_new / k_descale, 448 at most.
       v_new: values to append, of the shape of k_new with Dv for D, and its dtype.
       cache_seqlens: int32 (B,), or one int for all: the keys that each sequence has in the cache, before the new ones.
       page_table: int32 (B, pages of a sequence): key j of sequence b is row j % page size of page
@@ -177,15 +177,15 @@ def attention_with_kv_cache(
       cache_leftpad: int32 (B,): the first keys of each sequence that do not count; positions stay as they are.
       cu_seqlens_q: int32 (B + 1,), for packed q, as in `attention`.
       max_seqlen_q: the longest query sequence if known, a hint for speed, as in `attention`.
-      rotary_cos: (positions, R / 2), float16, bfloat16 or float32: rotates the first R channels of k_new and q by the
-        position of each row; of q all rows by cache_seqlens, where neither `causal` nor a window is given. Positions
-        past the table use its last row. Needs k_new.
+      rotary_cos: (positions, R / 2), float16, bfloat16 or float32: rotates the first R channels of row j of k_new, and
+        of q, by the angles of position cache_seqlens + j, as FlashAttention does; where neither `causal` nor a window
+        is given, all rows of q by those of cache_seqlens. Positions past the table use its last row. Needs k_new.
       rotary_sin: the like of rotary_cos.
       rotary_interleaved: whether channels 2i and 2i + 1 are a pair, else i and i + R / 2.
       causal, window_size, softcap, softmax_scale, sinks, q_descale, k_descale, v_descale: as in `attention`; but
         `causal` is True unless given.
-      num_splits: parts that the keys of a sequence are split into, which a GPU works on side by side; chosen unless
-        given. It changes results by rounding alone, and on the CPU nothing.
+      num_splits: parts that the keys of a sequence are split into, up to 256, which a GPU works on side by side; chosen
+        unless given. It changes results by rounding alone, and on the CPU nothing.
       out_dtype, return_lse, implementation: as in `attention`.
 
     Returns:

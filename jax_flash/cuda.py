@@ -13,6 +13,9 @@ from jax_flash.launch import call_kernel, forward_result, multiprocessors
 from jax_flash.order import Divisor, Order
 from jax_flash.spec import UNBOUNDED, Append, Attention, Operands, Params
 
+COUNTERS = 2
+"""Which result of a forward kernel counts what CTAs have drawn: behind out and the LSE."""
+
 MAX_ATTEMPTS = 4
 """Kernels compiled, at some seconds each, before one that spills is taken."""
 
@@ -122,7 +125,7 @@ def forward_prefill(attention: Attention, operands: Operands, specs: list[Kernel
         grid=grid,
         threads=spec.threads,
         shared_bytes=spec.shared_bytes,
-        counters=2 if counters else -1,
+        counters=COUNTERS if counters else -1,
         order=Order.of(spec, params, grid, attention.max_seqlen_q).flat(),
     )
     return out, lse
@@ -136,15 +139,14 @@ def forward_decode(attention: Attention, operands: Operands, spec: DecodeSpec | 
     tile_m = decode.tile_m(rows)
     if not operands.k.shape[-1] % 16 == operands.v.shape[-1] % 16 == 0:  # rows of FP8 that TMA does not take
         operands = operands.widened()
+    m_blocks = math.ceil(rows / tile_m)  # of packed sequences on average
+    tiles = most_tiles = params.kv_heads * params.batch * m_blocks
     if operands.has("cu_seqlens_q"):  # each sequence, and the rows around them in a group, may end in a partial tile
-        m_blocks, tiles = 1, params.q_groups * params.q_rows * group // tile_m + params.batch + 2 * params.q_groups
-    else:
-        m_blocks = -(-params.q_rows * group // tile_m)
-        tiles = params.batch * m_blocks
+        whole = params.q_groups * params.q_rows * group // tile_m
+        most_tiles = params.kv_heads * (whole + params.batch + 2 * params.q_groups)
     keys = operands.capacity
     if UNBOUNDED not in (attention.window_left, attention.window_right):
         keys = min(keys, attention.window_left + attention.window_right + math.ceil(rows / group))
-    tiles *= params.kv_heads
     splits = attention.num_splits or decode.splits(tiles, keys, multiprocessors())
     spec = spec or decode.decode_spec(
         element=operands.q.dtype.name,
@@ -156,17 +158,18 @@ def forward_decode(attention: Attention, operands: Operands, spec: DecodeSpec | 
         window_right=attention.window_right != UNBOUNDED,
         rows=rows,
         tiles=tiles,
+        most_tiles=most_tiles,
         page_size=params.kv_rows if operands.has("page_table") else None,
         num_splits=splits,
         multiprocessors=multiprocessors(),
         **_features(attention, operands),
     )
-    items = tiles * splits
+    items = most_tiles * splits
     counted = spec.draws or spec.partial
     part_floats = spec.tile_m * (spec.head_dim_v + 2)
     results = [
         *forward_result(attention, params),
-        jax.ShapeDtypeStruct((1 + tiles if counted else 0,), jnp.int32),
+        jax.ShapeDtypeStruct((1 + most_tiles if counted else 0,), jnp.int32),
         jax.ShapeDtypeStruct((items * part_floats if spec.partial else 0,), jnp.float32),
     ]
     size = operands.k.dtype.itemsize
@@ -177,13 +180,12 @@ def forward_decode(attention: Attention, operands: Operands, spec: DecodeSpec | 
         operands,
         results,
         params=params,
-        # The kernel reads Q by itself.
-        maps=[tensor_map.rows(i, operands[i].shape, size, spec.box_keys) for i in (1, 1, 2)],
+        maps=[tensor_map.rows(i, operands[i].shape, size, spec.box_keys) for i in (1, 2)],
         grid=min(items, multiprocessors()) if spec.draws else items,
         threads=spec.threads,
         shared_bytes=spec.shared_bytes,
         cluster=spec.cluster,
-        counters=2 if counted else -1,
+        counters=COUNTERS if counted else -1,
         order=[items, *(number for divisor in divisors for number in divisor)],
     )
     return out, lse

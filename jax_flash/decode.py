@@ -45,8 +45,11 @@ MIN_SPLIT_KEYS = 128
 """Fewer keys than that are not worth a CTA."""
 
 LONG_SPLIT_KEYS = 8192
-"""Sequences that may have as many keys are split though there are tiles enough: begun last, a long one would take the
-rest of the time."""
+"""Sequences that may have more keys are split though there are tiles enough: begun last, a long one would take the rest
+of the time."""
+
+LONG_SPLITS = 4
+"""Into so many parts at most, for each takes memory for its results."""
 
 
 def serves(queries: float, keys: float, heads_of_kv: int) -> bool:
@@ -68,7 +71,7 @@ def splits(tiles: int, keys: int, multiprocessors: int) -> int:
       multiprocessors: of the GPU.
     """
     if tiles >= multiprocessors * 3 // 4:
-        return max(1, keys // LONG_SPLIT_KEYS)
+        return max(1, min(LONG_SPLITS, keys // LONG_SPLIT_KEYS))
     if tiles * MAX_CLUSTER <= MOST_CLUSTERED and keys <= MAX_CLUSTER * CLUSTERED_KEYS:
         multiprocessors = tiles * MAX_CLUSTER
     return max(1, min(multiprocessors // tiles, keys // MIN_SPLIT_KEYS))
@@ -83,6 +86,7 @@ def decode_spec(
     head_dim_v: int,
     rows: float,
     tiles: int,
+    most_tiles: int,
     page_size: int | None,
     num_splits: int,
     multiprocessors: int,
@@ -91,8 +95,8 @@ def decode_spec(
     """The decode kernel of a call.
 
     `element` is the dtype of q, `kv_element` that of k and v; `rows` are those of a sequence that share keys, on
-    average; `tiles` those there are; `page_size` is None without a page table; `features` are further flags of
-    DecodeSpec.
+    average; `tiles` those there are, likewise, and `most_tiles` at most; `page_size` is None without a page table;
+    `features` are further flags of DecodeSpec.
     """
     widens = kv_element == "float8_e4m3fn"
     clusters = 1 < num_splits <= MAX_CLUSTER and tiles * num_splits <= MOST_CLUSTERED
@@ -107,7 +111,7 @@ def decode_spec(
         "tile_m": tile_m(rows),
         "cluster": num_splits if clusters else 1,
         "partial": num_splits > 1 and not clusters,
-        "draws": tiles * num_splits > multiprocessors and not clusters,
+        "draws": most_tiles * num_splits > multiprocessors and not clusters,
         "key_alignment": 1,
         **features,
     }
@@ -118,11 +122,10 @@ def _tilings(fixed: dict[str, Any], page_size: int | None) -> Iterator[DecodeSpe
     """The best first. Every warp that has keys of its own has buffers of its own."""
     for ring_bytes in RING_BYTES:
         stages = max(4, BUFFERS * 16 * WARPS // fixed["tile_m"])
-        tile_n = max(16, min(64, ring_bytes // stages // key_bytes(fixed) // 16 * 16))
+        fitting = ring_bytes // stages // key_bytes(fixed)
+        tile_n = next((n for n in (64, 32) if n <= fitting), 16)
         box = tile_n if page_size is None else box_keys(page_size, tile_n)
         gathers = box < LEAST_BOX_KEYS
-        if not gathers:
-            tile_n = min(tile_n, 32 * box)  # a lane has one copy
         tiling = {"tile_n": tile_n, "stages": stages}
         yield DecodeSpec(
             **fixed,

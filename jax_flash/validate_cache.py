@@ -22,6 +22,9 @@ from jax_flash.validate import (
 MAX_CAPACITY = 2**30
 """Of a sequence: positions, and a window beside them, fit an int32."""
 
+MAX_SPLITS = 256
+"""More would be smaller than what a multiprocessor works on at a time, or leave none to work on them."""
+
 
 def check(call: CacheCall) -> None:
     """Checks all arguments of one call of `attention_with_kv_cache`, except whether its implementation can run here."""
@@ -37,6 +40,8 @@ def check(call: CacheCall) -> None:
     _check_rotary(call)
     if call.num_splits is not None:
         check_positive("num_splits", call.num_splits)
+        if call.num_splits > MAX_SPLITS:
+            raise ValueError(f"num_splits must be at most {MAX_SPLITS}, got {call.num_splits}.")
 
 
 def _check_sequences(call: CacheCall) -> None:

@@ -153,6 +153,7 @@ QUERIES = [
 ]
 
 _SHORT, _LONG = (0, 112, 1), (300, 1000, 0, 513)
+_WIDE = {"q_lens": (4,) * 3, "k_lens": (1600, 37, 990), "capacity": 1600, "heads": 16, "kv_heads": 2, "num_splits": 1}
 FEATURES = [
     CacheCase(id=f"{name}-{dtype}", dtype=dtype, **options)
     for name, dtype, options in (
@@ -172,6 +173,10 @@ FEATURES = [
         ("long-one-split", "bfloat16", {"q_lens": (1,) * 4, "k_lens": _LONG, "capacity": 1000, "num_splits": 1}),
         ("long", "float8_e4m3fn", {"q_lens": (2,) * 4, "k_lens": _LONG, "capacity": 1008, "page_size": 48}),
         ("no-lse", "bfloat16", {"return_lse": False, "page_size": 16}),
+        *(
+            (f"wide-pages-of-{size}", "bfloat16", {"head_dim": 192, "head_dim_v": 128, "page_size": size, **_WIDE})
+            for size in (8, 16)
+        ),
     )
 ]
 

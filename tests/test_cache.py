@@ -62,6 +62,21 @@ def test_long_case(case):
     check_call(arguments, run(arguments, implementation="cuda"))
 
 
+@pytest.mark.parametrize("splits", [1, 3])
+def test_bits_depend_on_no_other_sequence(kernel, splits):
+    """In a batch of more tiles than a GPU has multiprocessors, whose lengths differ, and in any order of it."""
+    batch = 40
+    lens = tuple(np.random.default_rng(3).integers(0, 500, batch).tolist())
+    options = {"q_lens": (2,) * batch, "k_lens": lens, "capacity": 500, "heads": 10, "kv_heads": 5}
+    case = CacheCase(id="many", num_splits=splits, **options)
+    arguments = case.arguments() | {"out_dtype": "float32"}
+    results = run(arguments, implementation=kernel)
+    check_bits(results, run(arguments, implementation=kernel))
+    order = np.random.default_rng(4).permutation(batch)
+    mixed = arguments | {name: arguments[name][order] for name in ("q", "k_cache", "v_cache", "cache_seqlens")}
+    check_bits(run(mixed, implementation=kernel), tuple(x[order] for x in results))
+
+
 # Index arrays may hold anything.
 
 INT_MAX, INT_MIN = 2**31 - 1, -(2**31)

@@ -102,18 +102,16 @@ def kernels():
 
 
 def decode_kernels():
-    """Decode kernels of every pair of dtypes, head dim and height of a tile, plain and with everything, by turns."""
+    """Decode kernels of every pair of dtypes, head dim and height of a tile, plain and with everything by turns."""
     plain = dict.fromkeys((*DECODE_FEATURES, *FEATURES), False)
     everything = dict.fromkeys(plain, True) | {"packed_k": False, "cache_batch_idx": False}
-    turns = itertools.cycle((plain, everything, everything))
-    kernels = []
     dims = (*((d, d) for d in heuristics.HEAD_DIMS), (64, 256), (192, 128))
-    for (element, kv_element), (head_dim, head_dim_v), rows in itertools.product(
-        (("bfloat16", "bfloat16"), ("bfloat16", "float8_e4m3fn"), ("float8_e4m3fn", "float8_e4m3fn")),
-        dims,
-        decode.TILES_M,
+    pairs = (("bfloat16", "bfloat16"), ("bfloat16", "float8_e4m3fn"), ("float8_e4m3fn", "float8_e4m3fn"))
+    kernels = []
+    for turn, ((element, kv_element), (head_dim, head_dim_v), rows) in enumerate(
+        itertools.product(pairs, dims, decode.TILES_M)
     ):
-        features = next(turns)
+        features = (plain, everything)[turn % 2]
         spec = decode.decode_spec(
             element=element,
             kv_element=kv_element,
@@ -122,8 +120,9 @@ def decode_kernels():
             head_dim_v=head_dim_v,
             rows=rows,
             tiles=3,
-            page_size=16 if features["page_table"] else None,
-            num_splits=(1, 4, 40)[rows % 3],
+            most_tiles=(3, 200)[turn % 5 % 2],
+            page_size=(16, 4)[turn % 7 % 2] if features["page_table"] else None,
+            num_splits=(1, 4, 40)[turn % 4 % 3],
             multiprocessors=132,
             **features,
         )
@@ -174,6 +173,31 @@ def test_append_compiles(query, new, cache, table, everything):
 )
 def test_keys_are_split_for_few_tiles_and_for_long_ones(tiles, keys, splits):
     assert decode.splits(tiles, keys, multiprocessors=132) == splits
+
+
+@pytest.mark.parametrize("page_size", [8, 16, 24, 48, 256])
+def test_copies_of_a_block_come_together(page_size):
+    """Each lane of a warp has one of 32 copies: those of a block must not be parted."""
+    for (head_dim, head_dim_v), element, rows in itertools.product(
+        itertools.product(heuristics.HEAD_DIMS, repeat=2), ("bfloat16", "float8_e4m3fn"), decode.TILES_M
+    ):
+        features = dict.fromkeys((*DECODE_FEATURES, *FEATURES), False) | {"page_table": True}
+        spec = decode.decode_spec(
+            element=element,
+            kv_element=element,
+            out=OUT[element],
+            head_dim=head_dim,
+            head_dim_v=head_dim_v,
+            rows=rows,
+            tiles=3,
+            most_tiles=3,
+            page_size=page_size,
+            num_splits=1,
+            multiprocessors=132,
+            **features,
+        )
+        assert not spec.gathers
+        assert 32 % (spec.tile_n // spec.box_keys) == spec.tile_n % spec.box_keys == 0
 
 
 @pytest.mark.parametrize(("page_size", "box"), [(1, 1), (4, 4), (16, 16), (48, 16), (64, 64), (256, 64), (7, 1)])

@@ -222,6 +222,7 @@ BAD = {
     "return-lse": (dense(return_lse=1), TypeError, "return_lse must be a Python bool"),
     "implementation": (dense(implementation="gpu"), ValueError, "implementation must be None or one of"),
     "splits-type": (dense(num_splits=2.0), TypeError, "num_splits must be a Python int, got 2.0 of type float"),
+    "splits-many": (dense(num_splits=257), ValueError, "num_splits must be at most 256, got 257"),
     "splits-none": (dense(num_splits=0), ValueError, "num_splits must be at least 1, got 0"),
 }
 

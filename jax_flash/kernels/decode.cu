@@ -68,7 +68,7 @@ __device__ __forceinline__ void find_work(SharedStorage& shared, const Operands&
 }
 
 extern "C" __global__ void __launch_bounds__(kThreads, 1)
-    decode(const __grid_constant__ TensorMaps maps, const __grid_constant__ Operands operands,
+    decode(const __grid_constant__ KvMaps maps, const __grid_constant__ Operands operands,
            const __grid_constant__ Params params, const __grid_constant__ Grid grid) {
   extern __shared__ __align__(1024) u8 shared_bytes[];
   SharedStorage& shared = *reinterpret_cast<SharedStorage*>(shared_bytes);

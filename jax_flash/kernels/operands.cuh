@@ -28,6 +28,12 @@ struct Operands {
   float* parts;   // in decode.cu, what splits made of their keys
 };
 
+// Of the kernel of few queries, which reads those by itself.
+struct KvMaps {
+  TensorMap k;
+  TensorMap v;
+};
+
 struct TensorMaps {
   TensorMap q;
   TensorMap k;

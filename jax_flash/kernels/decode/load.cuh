@@ -53,7 +53,7 @@ __device__ __forceinline__ void load_q(u8 (&q)[spec::kTileM][kQStride], const Ro
 // A warp that loads keys and values.
 class Loader {
  public:
-  __device__ __forceinline__ Loader(SharedStorage& shared, const TensorMaps& maps, const Operands& operands,
+  __device__ __forceinline__ Loader(SharedStorage& shared, const KvMaps& maps, const Operands& operands,
                                     const Params& params, int warp)
       : shared_(shared), maps_(maps), operands_(operands), params_(params), block_(warp) {
     for (int i = 0; i < warp; ++i) ring_.advance();
@@ -180,7 +180,7 @@ class Loader {
   }
 
   SharedStorage& shared_;
-  const TensorMaps& maps_;
+  const KvMaps& maps_;
   const Operands& operands_;
   const Params& params_;
   Ring<spec::kStages> ring_;

@@ -37,6 +37,7 @@ class Consumer {
       work.full.wait(works.phase);
       if (work.rows.count == 0) return;
       begin(work);
+      const int part = i;  // by the order of keys, whichever warp has which
       for (; i < work.share.count; i += kKeyWarps) {
         const int block = work.share.block(i);
         shared_.full[ring.slot].wait(ring.phase);
@@ -50,7 +51,7 @@ class Consumer {
         for (int j = 0; j < kKeyWarps; ++j) ring.advance();
       }
       i -= work.share.count;
-      store(work.rows);
+      store(work.rows, part);
       named_sync(kConsumerBarrier, kConsumerThreads);
       join_parts(shared_, work, operands_, params_, grid_);
       named_sync(kConsumerBarrier, kConsumerThreads);
@@ -76,17 +77,17 @@ class Consumer {
   }
 
   // Leaves what came of it for join_parts.
-  __device__ __forceinline__ void store(const Rows& rows) {
+  __device__ __forceinline__ void store(const Rows& rows, int part) {
 #pragma unroll
     for (int r = 0; r < kRowsPerThread; ++r) {
       const int row = first_row_ + lane_index() / 4 + 8 * r;
       const float sum = quad_sum(sum_[r]);
       if (row >= rows.count) continue;
       if (lane_index() % 4 == 0) {
-        shared_.largest[key_warp_][row] = largest_[r];
-        shared_.sum[key_warp_][row] = sum;
+        shared_.largest[part][row] = largest_[r];
+        shared_.sum[part][row] = sum;
       }
-      float* out = shared_.out[key_warp_][row];
+      float* out = shared_.out[part][row];
       if constexpr (spec::kWidens) {
 #pragma unroll
         for (int j = 0; j < spec::kHeadDimV / 16; ++j) {

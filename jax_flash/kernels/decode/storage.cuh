@@ -20,7 +20,7 @@ constexpr int kKBoxes = (spec::kHeadDim + kBoxColumns - 1) / kBoxColumns;
 constexpr int kVBoxes = (spec::kHeadDimV + kBoxColumns - 1) / kBoxColumns;
 constexpr int kBlockBytes = spec::kTileN * kSwizzleBytes;  // of kBoxColumns columns of a block of keys
 constexpr int kPieces = spec::kTileN / spec::kBoxKeys;     // of a block, each in one page
-static_assert(spec::kGathers || kPieces <= kWarpSize, "each has a lane");
+static_assert(spec::kGathers || kWarpSize % kPieces == 0, "each has a lane, and those of a block come together");
 
 constexpr int kWarps = 4;  // that multiply
 constexpr int kWarpRows = 16;

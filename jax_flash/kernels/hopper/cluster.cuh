@@ -8,6 +8,7 @@ namespace jax_flash {
 
 // All threads of all CTAs of the cluster; what they wrote to shared memory before is seen after.
 __device__ __forceinline__ void cluster_sync() {
+  __syncwarp();
   asm volatile("barrier.cluster.arrive.release.aligned;\nbarrier.cluster.wait.acquire.aligned;" ::: "memory");
 }
 
