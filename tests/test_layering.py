@@ -35,7 +35,8 @@ KERNEL_FILES = (
     ("epilogue.cuh", "decode/join.cuh", "decode/load.cuh"),
     ("prepare.cuh", "load.cuh", "mask.cuh", "schedule.cuh", "softmax.cuh", "total.cuh", "decode/storage.cuh"),
     ("softcap.cuh", "storage.cuh", "rows.cuh"),
-    ("fragment.cuh", "keys.cuh", "parts.cuh"),
+    ("fragment.cuh", "parts.cuh", "segments.cuh"),
+    ("keys.cuh",),
     ("operands.cuh", "order.cuh", "tile.cuh"),
     ("params.h", "spec.h", "wgmma.h"),
 )

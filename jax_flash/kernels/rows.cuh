@@ -7,6 +7,7 @@
 #include "operands.cuh"
 #include "order.cuh"
 #include "params.h"
+#include "segments.cuh"
 #include "spec.h"
 #include "tile.cuh"
 
@@ -49,42 +50,28 @@ struct Rows {
   __device__ __forceinline__ int q_row(int row) const { return tile.q_row + query(row) - tile.q_index; }
 };
 
-// Finds tile `index` of packed queries, if there are so many. A group of n sequences is n + 2 segments of rows: before
-// the first, the sequences, after the last. All lanes take part.
+// Finds tile `index` of packed queries, if there are so many. All lanes take part.
 __device__ __forceinline__ bool find_packed(int index, Rows& rows, const Operands& operands, const Params& params) {
   const int sequences = params.batch / params.q_groups;
   const int segments = params.q_groups * (sequences + 2);
   int row = 0;    // where the segments of a chunk of 32 begin,
   int tiles = 0;  // and the tiles before them
   for (int chunk = 0; chunk < segments; chunk += kWarpSize) {
-    const int segment = min(chunk + lane_index(), segments - 1);
-    const int group = segment / (sequences + 2);
-    const int in_group = segment - group * (sequences + 2);
-    int end = params.q_rows;
-    if (in_group <= sequences) {
-      end = clamp(__ldg(operands.cu_seqlens_q + static_cast<i64>(group) * (sequences + 1) + in_group), 0, end);
-    }
-    end = max(warp_scan_max(group * params.q_rows + end), row);
-    int begin = __shfl_up_sync(kAllLanes, end, 1);
-    if (lane_index() == 0) begin = row;
-    const int tiles_end = tiles + warp_scan_sum(ceil_div((end - begin) * rows.group.value, spec::kTileM));
+    const Segment own = segment_of_lane(chunk + lane_index(), row, operands, params.q_groups, params.q_rows, sequences);
+    const int tiles_end = tiles + warp_scan_sum(ceil_div((own.end - own.begin) * rows.group.value, spec::kTileM));
     const u32 later = __ballot_sync(kAllLanes, tiles_end > index);
     if (later != 0) {
       const int owner = __ffs(later) - 1;
       const int before = owner == 0 ? tiles : __shfl_sync(kAllLanes, tiles_end, owner - 1);
-      begin = __shfl_sync(kAllLanes, begin, owner);
-      end = __shfl_sync(kAllLanes, end, owner);
-      const int q_group = __shfl_sync(kAllLanes, group, owner);
-      const int number = __shfl_sync(kAllLanes, in_group, owner);
-      const bool in_sequence = number >= 1 && number <= sequences;
-      rows.tile.q_group = q_group;
-      rows.tile.q_row = begin - q_group * params.q_rows;
-      rows.tile.sequence = in_sequence ? q_group * sequences + number - 1 : -1;
-      rows.tile.q_len = end - begin;
+      const Segment found = shared_by(owner, own);
+      rows.tile.q_group = found.group;
+      rows.tile.q_row = found.begin - found.group * params.q_rows;
+      rows.tile.sequence = sequence_of(found, sequences);
+      rows.tile.q_len = found.end - found.begin;
       rows.first = (index - before) * spec::kTileM;
       return true;
     }
-    row = __shfl_sync(kAllLanes, end, kWarpSize - 1);
+    row = __shfl_sync(kAllLanes, own.end, kWarpSize - 1);
     tiles = __shfl_sync(kAllLanes, tiles_end, kWarpSize - 1);
   }
   return false;

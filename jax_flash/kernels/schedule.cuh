@@ -9,6 +9,7 @@
 #include "operands.cuh"
 #include "order.cuh"
 #include "params.h"
+#include "segments.cuh"
 #include "spec.h"
 #include "tile.cuh"
 
@@ -70,9 +71,9 @@ class PackedSchedule {
 
   // The next tile's rows, if there is one. All lanes take part.
   //
-  // A group of n sequences is n + 2 segments of rows: before the first, the sequences, after the last. A warp looks at
-  // a chunk of 32 segments at a time and remembers where it stands, as later tiles never lie further back. If some may
-  // be long it goes over those first, in chunks that it counts from below 0, and then over the others.
+  // A warp looks at a chunk of 32 segments at a time and remembers where it stands, as later tiles never lie further
+  // back. If some may be long it goes over those first, in chunks that it counts from below 0, and then over the
+  // others.
   __device__ __forceinline__ bool next(Tile& tile) {
     const int q_groups = opaque(params_.q_groups);
     const int q_rows = opaque(params_.q_rows);
@@ -84,34 +85,23 @@ class PackedSchedule {
     const int index = draw();
     while (chunk_ < segments) {
       const bool long_ones = chunk_ < 0;
-      const int segment = chunk_ + (long_ones ? rounded : 0) + lane_index();
-      const int group = min(segment, segments - 1) / (sequences + 2);
-      const int in_group = min(segment, segments - 1) - group * (sequences + 2);
-      int end = q_rows;
-      if (in_group <= sequences) {
-        end = clamp(__ldg(operands_.cu_seqlens_q + static_cast<i64>(group) * (sequences + 1) + in_group), 0, end);
-      }
-      end = max(warp_scan_max(group * q_rows + end), chunk_row_);
-      int begin = __shfl_up_sync(kAllLanes, end, 1);
-      if (lane_index() == 0) begin = chunk_row_;
-      const bool passed_over = (end - begin > order_.long_rows) != long_ones;
-      const int m_blocks = passed_over ? 0 : ceil_div(end - begin, spec::kTileM);
+      const int number = chunk_ + (long_ones ? rounded : 0) + lane_index();
+      const Segment own = segment_of_lane(number, chunk_row_, operands_, q_groups, q_rows, sequences);
+      const bool passed_over = (own.end - own.begin > order_.long_rows) != long_ones;
+      const int m_blocks = passed_over ? 0 : ceil_div(own.end - own.begin, spec::kTileM);
       const int tiles_end = chunk_tiles_ + warp_scan_sum(m_blocks * heads);
       const u32 later = __ballot_sync(kAllLanes, tiles_end > index);
       if (later == 0) {
         chunk_ += kWarpSize;
-        chunk_row_ = chunk_ == 0 ? 0 : __shfl_sync(kAllLanes, end, kWarpSize - 1);
+        chunk_row_ = chunk_ == 0 ? 0 : __shfl_sync(kAllLanes, own.end, kWarpSize - 1);
         chunk_tiles_ = __shfl_sync(kAllLanes, tiles_end, kWarpSize - 1);
         continue;
       }
       const int owner = __ffs(later) - 1;
       const int owner_m_blocks = __shfl_sync(kAllLanes, m_blocks, owner);
-      const int owner_begin = __shfl_sync(kAllLanes, begin, owner);
-      const int owner_end = __shfl_sync(kAllLanes, end, owner);
-      const int owner_group = __shfl_sync(kAllLanes, group, owner);
-      const int owner_in_group = __shfl_sync(kAllLanes, in_group, owner);
+      const Segment found = shared_by(owner, own);
       const int local = index - (__shfl_sync(kAllLanes, tiles_end, owner) - owner_m_blocks * heads);
-      const int rows = owner_end - owner_begin;
+      const int rows = found.end - found.begin;
       // A sequence has about as many keys as queries. All tiles are of one length where no mask cuts them.
       const int per_section = spec::kWindowRight ? clamp(order_.fitting_rows / rows, 1, heads) : 1;
       const int first_head = local / (per_section * owner_m_blocks) * per_section;
@@ -120,11 +110,10 @@ class PackedSchedule {
       tile.head = first_head + in_section % width;
       tile.q_index = (owner_m_blocks - 1 - in_section / width) * spec::kTileM;
       tile.rows = min(spec::kTileM, rows - tile.q_index);
-      tile.q_group = owner_group;
-      tile.q_row = owner_begin - owner_group * q_rows + tile.q_index;
-      const bool in_sequence = owner_in_group >= 1 && owner_in_group <= sequences;
-      tile.sequence = in_sequence ? owner_group * sequences + owner_in_group - 1 : -1;
-      tile.q_len = in_sequence ? owner_end - owner_begin : 0;
+      tile.q_group = found.group;
+      tile.q_row = found.begin - found.group * q_rows + tile.q_index;
+      tile.sequence = sequence_of(found, sequences);
+      tile.q_len = tile.sequence >= 0 ? rows : 0;
       return true;
     }
     return false;
