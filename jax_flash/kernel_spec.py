@@ -9,28 +9,49 @@ import dataclasses
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True, slots=True)
-class KernelSpec:
-    """How a kernel computes: every compile-time choice, and nothing else. codegen.py writes each field into spec.h.
-
-    It holds no sequence length, or each length would compile anew.
-    """
+class ForwardSpec:
+    """What the kernels of attention, of many queries and of few, have in common."""
 
     element: str
     """Dtype of what is multiplied: that of q, or float16 where the kernel widens k and v."""
     widens: bool
-    """Whether two warps of the producer widen k and v, which are FP8 under a 16-bit q."""
+    """Whether the kernel widens k and v, which are FP8."""
     converts_q: bool
-    """Whether q is bfloat16 then, which consumers convert."""
+    """Whether q is bfloat16 then, and converted."""
     out: str
     """Dtype of the output."""
     head_dim: int
-    """Of Q and K in shared memory; the operands' own is padded with zeros by TMA."""
+    """Of Q and K in shared memory; the operands' own is padded with zeros."""
     head_dim_v: int
     """Of V in shared memory, likewise."""
     tile_m: int
-    """Query rows of a CTA; 64 for each consumer warpgroup."""
+    """Rows of a tile, of Q of one head; in decode.cu of all heads that share keys and values."""
     tile_n: int
-    """Keys of one step of the main loop."""
+    """Keys of a block, which are multiplied at a time."""
+    threads: int
+    """Of a CTA."""
+    shared_bytes: int
+    key_alignment: int
+    """Rows that a block of keys begins at a multiple of: 16 for packed FP8, whose V is laid out in units of 16 keys."""
+    window_left: bool
+    """Whether the window is bounded on the left; the bound itself is in Params."""
+    window_right: bool
+    softcap: bool
+    sinks: bool
+    packed_q: bool
+    packed_k: bool
+    seqused_q: bool
+    seqused_k: bool
+    page_table: bool
+    cache_batch_idx: bool
+    cache_leftpad: bool
+    lse: bool
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True, slots=True)
+class KernelSpec(ForwardSpec):
+    """How kernels/forward.cu computes attention of many queries: a producer warpgroup, consumers of 64 rows each."""
+
     ctas_per_sm: int
     """CTAs that an SM holds at a time."""
     deposits: bool
@@ -51,74 +72,29 @@ class KernelSpec:
     """Eighths of a step's exponentials that come before the wait for PV; most of the others follow it."""
     integer_max: bool
     """Whether positive maxima are found by comparing floats as integers, three at a time."""
-    threads: int
-    """Of a CTA: a producer warpgroup and the consumers."""
     producer_registers: int
     """Of a producer thread, and of a consumer's: setmaxnreg."""
     consumer_registers: int
-    shared_bytes: int
-    key_alignment: int
-    """Rows that a block of keys begins at a multiple of: 16 for packed FP8, whose V is laid out in units of 16 keys."""
-    window_left: bool
-    """Whether the window is bounded on the left; the bound itself is in Params."""
-    window_right: bool
-    softcap: bool
-    sinks: bool
-    packed_q: bool
-    packed_k: bool
-    seqused_q: bool
-    seqused_k: bool
-    page_table: bool
-    cache_batch_idx: bool
-    cache_leftpad: bool
-    lse: bool
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True, slots=True)
-class DecodeSpec:
-    """How kernels/decode.cu computes: every compile-time choice. Fields that KernelSpec has too mean the same."""
+class DecodeSpec(ForwardSpec):
+    """How kernels/decode.cu computes attention of few queries: warps that find tiles, load keys, and multiply."""
 
-    element: str
     query: str
     """Dtype of q in memory."""
-    widens: bool
-    """Whether k and v are FP8, and widened to float16 in registers."""
-    converts_q: bool
-    out: str
-    head_dim: int
-    head_dim_v: int
-    tile_m: int
-    """Rows of a CTA: 16, 32 or 64, each a query of one of the heads that share keys and values."""
-    tile_n: int
-    """Keys that a buffer holds."""
     box_keys: int
     """Keys that one TMA copy brings; they lie in one page."""
     gathers: bool
     """Whether two warps copy keys and values one by one instead, as small pages need."""
     stages: int
-    """Buffers, each for keys and their values."""
+    """Buffers, each for a block of keys and their values."""
     cluster: int
     """CTAs that share the keys of a row and join their results by themselves."""
     partial: bool
     """Whether CTAs that share the keys of a row leave their results to the last of them."""
     draws: bool
     """Whether there are more tiles than CTAs, which then draw them."""
-    threads: int
-    """Of a CTA: four warps that multiply, one or two that load keys and values, one that finds tiles."""
-    shared_bytes: int
-    key_alignment: int
-    window_left: bool
-    window_right: bool
-    softcap: bool
-    sinks: bool
-    packed_q: bool
-    packed_k: bool
-    seqused_q: bool
-    seqused_k: bool
-    page_table: bool
-    cache_batch_idx: bool
-    cache_leftpad: bool
-    lse: bool
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True, slots=True)
