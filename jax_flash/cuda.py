@@ -8,7 +8,7 @@ import jax
 import jax.numpy as jnp
 
 from jax_flash import canonical, codegen, decode, heuristics, jit, tensor_map
-from jax_flash.kernel_spec import AppendSpec, DecodeSpec, KernelSpec
+from jax_flash.kernel_spec import AppendSpec, KernelSpec
 from jax_flash.launch import call_kernel, forward_result, multiprocessors
 from jax_flash.order import Divisor, Order
 from jax_flash.spec import UNBOUNDED, Append, Attention, Operands, Params
@@ -131,7 +131,7 @@ def forward_prefill(attention: Attention, operands: Operands, specs: list[Kernel
     return out, lse
 
 
-def forward_decode(attention: Attention, operands: Operands, spec: DecodeSpec | None = None):
+def forward_decode(attention: Attention, operands: Operands):
     """The kernel of few queries."""
     params = Params.of(attention, operands)
     group = params.heads // params.kv_heads
@@ -148,7 +148,7 @@ def forward_decode(attention: Attention, operands: Operands, spec: DecodeSpec | 
     if UNBOUNDED not in (attention.window_left, attention.window_right):
         keys = min(keys, attention.window_left + attention.window_right + math.ceil(rows / group))
     splits = attention.num_splits or decode.splits(tiles, keys, multiprocessors())
-    spec = spec or decode.decode_spec(
+    spec = decode.decode_spec(
         element=operands.q.dtype.name,
         kv_element=operands.k.dtype.name,
         out=attention.out_dtype,
@@ -166,11 +166,10 @@ def forward_decode(attention: Attention, operands: Operands, spec: DecodeSpec | 
     )
     items = most_tiles * splits
     counted = spec.draws or spec.partial
-    part_floats = spec.tile_m * (spec.head_dim_v + 2)
     results = [
         *forward_result(attention, params),
         jax.ShapeDtypeStruct((1 + most_tiles if counted else 0,), jnp.int32),
-        jax.ShapeDtypeStruct((items * part_floats if spec.partial else 0,), jnp.float32),
+        jax.ShapeDtypeStruct((items * spec.part_floats if spec.partial else 0,), jnp.float32),
     ]
     size = operands.k.dtype.itemsize
     divisors = [Divisor.of(x) for x in (splits, m_blocks, params.kv_heads, group)]

@@ -1,6 +1,6 @@
 """Which decode kernel computes a call of few queries, and into how many parts it splits their keys.
 
-Pure functions of the call; no JAX, no GPU. docs/design.md tells how the numbers were found.
+Pure functions of the call; no JAX, no GPU. docs/performance.md has what was measured of these numbers.
 """
 
 from __future__ import annotations
@@ -126,12 +126,14 @@ def _tilings(fixed: dict[str, Any], page_size: int | None) -> Iterator[DecodeSpe
         tile_n = next((n for n in (64, 32) if n <= fitting), 16)
         box = tile_n if page_size is None else box_keys(page_size, tile_n)
         gathers = box < LEAST_BOX_KEYS
+        part_floats = fixed["tile_m"] * (fixed["head_dim_v"] + 2)
         tiling = {"tile_n": tile_n, "stages": stages}
         yield DecodeSpec(
             **fixed,
             **tiling,
             box_keys=box,
             gathers=gathers,
+            part_floats=part_floats,
             threads=32 * (WARPS + (2 if gathers else 1) + 1),
             shared_bytes=shared_bytes(**fixed, **tiling),
         )

@@ -93,6 +93,8 @@ class DecodeSpec(ForwardSpec):
     """CTAs that share the keys of a row and join their results by themselves."""
     partial: bool
     """Whether CTAs that share the keys of a row leave their results to the last of them."""
+    part_floats: int
+    """Numbers that each of those leaves."""
     draws: bool
     """Whether there are more tiles than CTAs, which then draw them."""
 

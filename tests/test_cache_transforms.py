@@ -7,7 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from cache_cases import CacheCase
-from test_transforms import SIZE, check_equal, check_map, mapped
+from test_transforms import SIZE, check_equal, check_map, id_of, mapped
 
 import jax_flash
 
@@ -50,17 +50,13 @@ TOGETHER = [(layout, tuple(arrays_of(case))) for layout, case in LAYOUTS.items()
 ]
 
 
-def _id(value):
-    return value if isinstance(value, str) else "+".join(value)
-
-
-@pytest.mark.parametrize(("layout", "names"), EVERY_ARGUMENT, ids=_id)
+@pytest.mark.parametrize(("layout", "names"), EVERY_ARGUMENT, ids=id_of)
 def test_vmap_over_one_argument(kernel, layout, names):
     case = LAYOUTS[layout]
     check_map(attend(case, kernel), *mapped(arrays_of(case), names))
 
 
-@pytest.mark.parametrize(("layout", "names"), TOGETHER, ids=_id)
+@pytest.mark.parametrize(("layout", "names"), TOGETHER, ids=id_of)
 def test_vmap_over_several_arguments(implementation, layout, names):
     case = LAYOUTS[layout]
     check_map(attend(case, implementation), *mapped(arrays_of(case), names))

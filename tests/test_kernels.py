@@ -14,13 +14,12 @@ import pytest
 from cases import CASES, Case
 
 from jax_flash import _ffi, canonical, codegen, cuda, decode, heuristics, jit
-from jax_flash.kernel_spec import AppendSpec, KernelSpec
+from jax_flash.kernel_spec import AppendSpec, DecodeSpec, KernelSpec
 from jax_flash.spec import UNBOUNDED, Call, Params
 
 OUT = {"float16": "float16", "bfloat16": "bfloat16", "float8_e4m3fn": "bfloat16"}
 WINDOWS = {"full": (UNBOUNDED, UNBOUNDED), "causal": (UNBOUNDED, 0), "causal-left": (5000, 0), "narrow": (500, 0)}
 FEATURES = ("softcap", "sinks", "packed_q", "packed_k", "seqused_q", "seqused_k", "cache_leftpad", "lse")
-DECODE_FEATURES = ("page_table", "cache_batch_idx", "window_left", "window_right")
 
 
 def of_case(case: Case) -> list[KernelSpec]:
@@ -101,32 +100,55 @@ def kernels():
     return [pytest.param(specs, id=name) for name, specs in distinct.values()]
 
 
+def of_decode(
+    element: str,
+    kv_element: str,
+    head_dim: int,
+    head_dim_v: int,
+    rows: int,
+    features: tuple[str, ...],
+    page_size: int | None = None,
+    most_tiles: int = 3,
+    num_splits: int = 1,
+) -> DecodeSpec:
+    """The decode kernel of a combination."""
+    return decode.decode_spec(
+        element=element,
+        kv_element=kv_element,
+        out=OUT[element],
+        head_dim=head_dim,
+        head_dim_v=head_dim_v,
+        rows=rows,
+        tiles=3,
+        most_tiles=most_tiles,
+        page_size=page_size,
+        num_splits=num_splits,
+        multiprocessors=132,
+        page_table=page_size is not None,
+        cache_batch_idx=False,
+        **{name: name in features for name in (*FEATURES, "window_left", "window_right")},
+    )
+
+
 def decode_kernels():
     """Decode kernels of every pair of dtypes, head dim and height of a tile, plain and with everything by turns."""
-    plain = dict.fromkeys((*DECODE_FEATURES, *FEATURES), False)
-    everything = dict.fromkeys(plain, True) | {"packed_k": False, "cache_batch_idx": False}
+    everything = tuple({*FEATURES, "window_left", "window_right"} - {"packed_k"})
     dims = (*((d, d) for d in heuristics.HEAD_DIMS), (64, 256), (192, 128))
     pairs = (("bfloat16", "bfloat16"), ("bfloat16", "float8_e4m3fn"), ("float8_e4m3fn", "float8_e4m3fn"))
     kernels = []
-    for turn, ((element, kv_element), (head_dim, head_dim_v), rows) in enumerate(
-        itertools.product(pairs, dims, decode.TILES_M)
-    ):
-        features = (plain, everything)[turn % 2]
-        spec = decode.decode_spec(
-            element=element,
-            kv_element=kv_element,
-            out=OUT[element],
-            head_dim=head_dim,
-            head_dim_v=head_dim_v,
-            rows=rows,
-            tiles=3,
+    for turn, (elements, (head_dim, head_dim_v), rows) in enumerate(itertools.product(pairs, dims, decode.TILES_M)):
+        features, page_sizes = (((), (None, None)), (everything, (16, 4)))[turn % 2]
+        spec = of_decode(
+            *elements,
+            head_dim,
+            head_dim_v,
+            rows,
+            features,
+            page_size=page_sizes[turn % 7 % 2],
             most_tiles=(3, 200)[turn % 5 % 2],
-            page_size=(16, 4)[turn % 7 % 2] if features["page_table"] else None,
             num_splits=(1, 4, 40)[turn % 4 % 3],
-            multiprocessors=132,
-            **features,
         )
-        kernels.append(pytest.param(spec, id=f"{element}-over-{kv_element}-d{head_dim}-{head_dim_v}-m{rows}"))
+        kernels.append(pytest.param(spec, id=f"{'-over-'.join(elements)}-d{head_dim}-{head_dim_v}-m{rows}"))
     return kernels
 
 
@@ -181,21 +203,7 @@ def test_copies_of_a_block_come_together(page_size):
     for (head_dim, head_dim_v), element, rows in itertools.product(
         itertools.product(heuristics.HEAD_DIMS, repeat=2), ("bfloat16", "float8_e4m3fn"), decode.TILES_M
     ):
-        features = dict.fromkeys((*DECODE_FEATURES, *FEATURES), False) | {"page_table": True}
-        spec = decode.decode_spec(
-            element=element,
-            kv_element=element,
-            out=OUT[element],
-            head_dim=head_dim,
-            head_dim_v=head_dim_v,
-            rows=rows,
-            tiles=3,
-            most_tiles=3,
-            page_size=page_size,
-            num_splits=1,
-            multiprocessors=132,
-            **features,
-        )
+        spec = of_decode(element, element, head_dim, head_dim_v, rows, (), page_size)
         assert not spec.gathers
         assert 32 % (spec.tile_n // spec.box_keys) == spec.tile_n % spec.box_keys == 0
 

@@ -100,23 +100,23 @@ TOGETHER = [(layout, tuple(arrays_of(case))) for layout, case in LAYOUTS.items()
 ]
 
 
-def _id(value):
+def id_of(value):
     return value if isinstance(value, str) else "+".join(value)
 
 
-@pytest.mark.parametrize(("layout", "names"), EVERY_ARGUMENT, ids=_id)
+@pytest.mark.parametrize(("layout", "names"), EVERY_ARGUMENT, ids=id_of)
 def test_vmap_over_one_argument(kernel, layout, names):
     case = LAYOUTS[layout]
     check_map(attend(case, kernel), *mapped(arrays_of(case), names))
 
 
-@pytest.mark.parametrize(("layout", "names"), TOGETHER, ids=_id)
+@pytest.mark.parametrize(("layout", "names"), TOGETHER, ids=id_of)
 def test_vmap_over_several_arguments(implementation, layout, names):
     case = LAYOUTS[layout]
     check_map(attend(case, implementation), *mapped(arrays_of(case), names))
 
 
-@pytest.mark.parametrize(("layout", "names"), TOGETHER, ids=_id)
+@pytest.mark.parametrize(("layout", "names"), TOGETHER, ids=id_of)
 def test_vmap_of_gradient(kernel, layout, names):
     """Gradients of one element of the map must not land in another."""
     case = LAYOUTS[layout]

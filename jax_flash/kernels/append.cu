@@ -63,11 +63,7 @@ __device__ __forceinline__ Place place_of(const int* cu_seqlens, int group, int 
     const int boundary = i <= sequences ? __ldg(cu_seqlens + i) : 0x7fffffff;
     const u32 beyond = __ballot_sync(kAllLanes, boundary > row);
     const int end = beyond == 0 ? kWarpSize : __ffs(beyond) - 1;
-    int largest = lane_index() < end ? max(boundary, 0) : 0;
-    for (int distance = kWarpSize / 2; distance > 0; distance /= 2) {
-      largest = max(largest, __shfl_xor_sync(kAllLanes, largest, distance));
-    }
-    begin = max(begin, largest);
+    begin = max(begin, warp_max(lane_index() < end ? boundary : 0));
     if (beyond != 0) {
       const int segment = chunk + end;  // 0: before the first sequence, sequences + 1: after the last
       const bool inside = segment >= 1 && segment <= sequences;

@@ -20,10 +20,7 @@ __device__ __forceinline__ int ceil_div(int x, int y) { return (x + y - 1) / y; 
 __device__ __forceinline__ int boundary(const int* cu_seqlens, int i, int rows) {
   int largest = 0;
   for (int j = lane_index(); j <= i; j += kWarpSize) largest = max(largest, __ldg(cu_seqlens + j));
-  for (int distance = kWarpSize / 2; distance > 0; distance /= 2) {
-    largest = max(largest, __shfl_xor_sync(kAllLanes, largest, distance));
-  }
-  return min(largest, rows);
+  return min(warp_max(largest), rows);
 }
 
 // Those of one sequence. A paged one lies in no group, and its rows are counted over its pages.

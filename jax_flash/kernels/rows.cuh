@@ -13,7 +13,7 @@
 
 namespace jax_flash {
 
-// How the grid is counted, as heuristics.py chose it: by tile of a sequence, or of all packed ones, head and split.
+// How the grid is counted, as cuda.py chose it: by tile of a sequence, or of all packed ones, head and split.
 struct Grid {
   int items;
   Divisor splits;

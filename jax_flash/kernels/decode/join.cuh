@@ -45,6 +45,7 @@ __device__ __forceinline__ void each_vector(const Rows& rows, int thread, int th
 
 // What a split made of its keys, in global memory: sums of values, then of each row the largest exponent and the sum.
 constexpr int kPartFloats = spec::kTileM * (spec::kHeadDimV + 2);
+static_assert(kPartFloats == spec::kPartFloats, "cuda.py makes room for as many");
 constexpr int kPartsAtOnce = 8;
 
 __device__ __forceinline__ void store_part(float* split, int row, int column, const Part& part) {
@@ -65,9 +66,9 @@ __device__ __forceinline__ void join_warps(SharedStorage& shared, const Work& wo
   each_vector(work.rows, threadIdx.x, kConsumerThreads, [&](int row, int column) {
     Part parts[kKeyWarps];
 #pragma unroll
-    for (int warp = 0; warp < kKeyWarps; ++warp) {
-      parts[warp] = {shared.largest[warp][row], shared.sum[warp][row],
-                     *reinterpret_cast<const float4*>(&shared.out[warp][row][column])};
+    for (int i = 0; i < kKeyWarps; ++i) {
+      parts[i] = {shared.largest[i][row], shared.sum[i][row],
+                  *reinterpret_cast<const float4*>(&shared.out[i][row][column])};
     }
     const Part part = join(parts);
     if constexpr (spec::kPartial) {

@@ -63,6 +63,14 @@ __device__ __forceinline__ float quad_sum(float x) {
   return x + __shfl_xor_sync(kAllLanes, x, 2);
 }
 
+// The largest of a warp, for all lanes.
+__device__ __forceinline__ int warp_max(int x) {
+  for (int distance = kWarpSize / 2; distance > 0; distance /= 2) {
+    x = max(x, __shfl_xor_sync(kAllLanes, x, distance));
+  }
+  return x;
+}
+
 // Writes four 8 x 8 matrices of 16-bit elements, spread over a warp as an accumulator's are, to shared memory: lane i
 // names where row i % 8 of matrix i / 8 goes.
 __device__ __forceinline__ void store_matrices(void* row, const u32 (&x)[4]) {
