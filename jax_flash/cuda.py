@@ -40,6 +40,10 @@ def _mean_lengths(operands: Operands) -> tuple[float, float]:
     return queries, keys if operands.has("cu_seqlens_k") else operands.capacity
 
 
+def _page_size(operands: Operands) -> int | None:
+    return operands.k.shape[1] if operands.has("page_table") else None
+
+
 def _features(attention: Attention, operands: Operands) -> dict[str, bool]:
     """The flags of a kernel."""
     names = ("sinks", "page_table", "cache_batch_idx", "cache_leftpad", "seqused_q", "seqused_k")
@@ -64,7 +68,8 @@ def kernel_specs(attention: Attention, operands: Operands) -> list[KernelSpec]:
         window_right=attention.window_right,
         mean_queries=mean_queries,
         mean_keys=mean_keys,
-        kv_rows=operands.k.shape[1],
+        kv_rows=operands.capacity,
+        page_size=_page_size(operands),
         heads_of_kv=operands.q.shape[2] // operands.k.shape[2],
         **_features(attention, operands),
     )
@@ -84,9 +89,16 @@ def forward(attention: Attention, operands: Operands):
     """The CUDA kernels: out and lse."""
     if decode.serves(*_mean_lengths(operands), operands.q.shape[2] // operands.k.shape[2]):
         return forward_decode(attention, operands)
-    if operands.has("page_table"):
+    if operands.has("page_table") and not _copies_pages(operands):
         operands = canonical.gathered(operands)  # by XLA
     return forward_prefill(attention, operands)
+
+
+def _copies_pages(operands: Operands) -> bool:
+    """Whether TMA brings the keys of whole pages, and values in the units in which they are transposed."""
+    unit = heuristics.V_UNIT if operands.q.dtype.itemsize == 1 else decode.LEAST_BOX_KEYS
+    columns = heuristics.V_UNIT if operands.q.dtype.itemsize == 1 else 16 if operands.k.dtype.itemsize == 1 else 8
+    return operands.k.shape[1] % unit == 0 and all(x.shape[-1] % columns == 0 for x in operands[1:3])
 
 
 def forward_prefill(attention: Attention, operands: Operands, specs: list[KernelSpec] | None = None):
@@ -99,7 +111,7 @@ def forward_prefill(attention: Attention, operands: Operands, specs: list[Kernel
     row_bytes = 64 if spec.widens else 128
     maps = [
         tensor_map.rows(0, operands.q.shape, operands.q.dtype.itemsize, 64),
-        tensor_map.rows(1, operands.k.shape, size, spec.tile_n, row_bytes),
+        tensor_map.rows(1, operands.k.shape, size, spec.box_keys, row_bytes),
     ]
     if spec.transposes:
         maps.append(tensor_map.units(2, operands.v.shape, spec.v_box_keys, spec.head_dim_v))
@@ -107,7 +119,7 @@ def forward_prefill(attention: Attention, operands: Operands, specs: list[Kernel
         operands = operands._replace(v=transpose_fp8_values(operands.v))
         maps.append(tensor_map.columns(2, operands.v.shape, spec.v_box_keys, spec.head_dim_v))
     else:
-        maps.append(tensor_map.rows(2, operands.v.shape, size, spec.v_box_keys, row_bytes))
+        maps.append(tensor_map.rows(2, operands.v.shape, size, spec.box_keys, row_bytes))
     results = forward_result(attention, params)
     if results[0].dtype.itemsize == 2:
         maps.append(tensor_map.rows(len(operands), results[0].shape, 2, 16))
@@ -159,7 +171,7 @@ def forward_decode(attention: Attention, operands: Operands):
         rows=rows,
         tiles=tiles,
         most_tiles=most_tiles,
-        page_size=params.kv_rows if operands.has("page_table") else None,
+        page_size=_page_size(operands),
         num_splits=splits,
         multiprocessors=multiprocessors(),
         **_features(attention, operands),

@@ -124,7 +124,7 @@ def _tilings(fixed: dict[str, Any], page_size: int | None) -> Iterator[DecodeSpe
         stages = max(4, BUFFERS * 16 * WARPS // fixed["tile_m"])
         fitting = ring_bytes // stages // key_bytes(fixed)
         tile_n = next((n for n in (64, 32) if n <= fitting), 16)
-        box = tile_n if page_size is None else box_keys(page_size, tile_n)
+        box = heuristics.box_keys(page_size, tile_n)
         gathers = box < LEAST_BOX_KEYS
         part_floats = fixed["tile_m"] * (fixed["head_dim_v"] + 2)
         tiling = {"tile_n": tile_n, "stages": stages}
@@ -148,11 +148,6 @@ def key_bytes(fixed: dict[str, Any]) -> int:
     """Of a key and its value in shared memory."""
     size = 1 if fixed["widens"] else 2
     return sum(-(-fixed[name] * size // 128) * 128 for name in ("head_dim", "head_dim_v"))
-
-
-def box_keys(page_size: int, tile_n: int) -> int:
-    """The most keys, a power of two, that divide both a page and a tile."""
-    return min(page_size & -page_size, tile_n & -tile_n)
 
 
 def shared_bytes(*, head_dim: int, head_dim_v: int, tile_m: int, tile_n: int, stages: int, **more) -> int:

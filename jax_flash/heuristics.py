@@ -148,13 +148,15 @@ def ranked(
     mean_keys: float,
     kv_rows: int,
     heads_of_kv: int,
+    page_size: int | None,
     **features: bool,
 ) -> list[KernelSpec]:
     """The legal KernelSpecs of a call, the best first.
 
     `element` is the dtype of q, `kv_element` that of k and v; `mean_queries` and `mean_keys` are the average lengths of
     its sequences, `kv_rows` are those of a group, which bound the latter; `heads_of_kv` heads of q share one of k and
-    v; `features` are further flags of KernelSpec.
+    v; `page_size` is that of a paged cache, which the kernel itself transposes or widens; `features` are further flags
+    of KernelSpec.
     """
     bounded_left, bounded_right = window_left != UNBOUNDED, window_right != UNBOUNDED
     rows_of_key = heads_of_kv * queries_of_key(mean_queries, mean_keys, window_left, window_right)
@@ -168,7 +170,7 @@ def ranked(
         return mean_queries + tile_m / 2 if features["packed_q"] else _up(math.ceil(mean_queries), tile_m)
 
     aligned = head_dim % 16 == head_dim_v % 16 == 0  # as TMA wants FP8 rows
-    widens = kv_element != element and aligned and rows_of_key <= MOST_WIDENED
+    widens = kv_element != element and aligned and (rows_of_key <= MOST_WIDENED or page_size is not None)
     fixed: dict[str, Any] = {
         "element": "float16" if widens else element,
         "widens": widens,
@@ -189,14 +191,17 @@ def ranked(
         tuned = tuned | SHORT.get((size, dim), {})
     # Packed keys that come transposed share blocks with others.
     factor = (2 if fixed["packed_k"] else 1) * (4 if kv_rows % V_ROWS else 1)
-    fixed["transposes"] = size == 1 and rows_of_key <= factor * MOST_TRANSPOSED[dim] and head_dim_v % V_UNIT == 0
+    few = rows_of_key <= factor * MOST_TRANSPOSED[dim] or page_size is not None
+    fixed["transposes"] = size == 1 and few and head_dim_v % V_UNIT == 0
     if widens:
         tuned = tuned | WIDENING.get(dim, {})
     if fixed["transposes"]:
         tuned = tuned | TRANSPOSING[dim, fixed["softcap"]]
     if max(mean_queries, mean_keys) <= TINY_ROWS:
         tuned = tuned | TINY.get((size, dim), {})
-    return sorted(filter(legal, candidates(fixed, tuned, max_keys)), key=functools.partial(cost, tuned=tuned))
+    return sorted(
+        filter(legal, candidates(fixed, tuned, max_keys, page_size)), key=functools.partial(cost, tuned=tuned)
+    )
 
 
 def queries_of_key(mean_queries: float, mean_keys: float, window_left: int, window_right: int) -> float:
@@ -212,7 +217,7 @@ def queries_of_key(mean_queries: float, mean_keys: float, window_left: int, wind
     return seeing * (before + after) / max(mean_keys, 1)
 
 
-def candidates(fixed: dict, tuned: dict, max_keys: int) -> Iterator[KernelSpec]:
+def candidates(fixed: dict, tuned: dict, max_keys: int, page_size: int | None) -> Iterator[KernelSpec]:
     """Every tiling of a call whose other fields are `fixed`; what is no matter of registers is as in `tuned`."""
     is_fp8 = element_bytes(fixed["element"]) == 1
     step = 32 if is_fp8 else 16
@@ -227,6 +232,7 @@ def candidates(fixed: dict, tuned: dict, max_keys: int) -> Iterator[KernelSpec]:
                 **fixed,
                 tile_m=64 * consumers,
                 tile_n=tile_n,
+                box_keys=box_keys(page_size, tile_n),
                 q_stages=q_stages,
                 k_stages=k_stages,
                 v_stages=v_stages,
@@ -248,6 +254,7 @@ def kernel_spec(**fields: Any) -> KernelSpec:
     slim = is_fp8 and not packed and not fields["seqused_k"]
     producer_registers, consumer_registers = register_split(consumers, registers(**fields), slim, fields["widens"])
     follows = {
+        "box_keys": fields["box_keys"] if fields["page_table"] else fields["tile_n"],
         "v_box_keys": v_box_keys(is_fp8, fields["tile_n"], fields["transposes"]),
         "key_alignment": V_ROWS if is_fp8 and fields["packed_k"] and not fields["transposes"] else 1,
         "threads": 128 * (1 + consumers),
@@ -256,6 +263,11 @@ def kernel_spec(**fields: Any) -> KernelSpec:
         "shared_bytes": shared_bytes(**fields),
     }
     return KernelSpec(**(fields | follows))
+
+
+def box_keys(page_size: int | None, tile_n: int) -> int:
+    """Keys of a block that one TMA copy brings: the most, a power of two, that divide both a page and the block."""
+    return tile_n if page_size is None else min(page_size & -page_size, tile_n & -tile_n)
 
 
 def v_box_keys(is_fp8: bool, tile_n: int, transposes: bool) -> int:

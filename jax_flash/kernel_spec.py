@@ -28,6 +28,8 @@ class ForwardSpec:
     """Rows of a tile, of Q of one head; in decode.cu of all heads that share keys and values."""
     tile_n: int
     """Keys of a block, which are multiplied at a time."""
+    box_keys: int
+    """Keys that one TMA copy brings, which lie in one page; and values, unless FP8 ones are multiplied."""
     threads: int
     """Of a CTA."""
     shared_bytes: int
@@ -59,7 +61,8 @@ class KernelSpec(ForwardSpec):
     transposes: bool
     """Whether two warps of the producer transpose FP8 values; else they come transposed."""
     v_box_keys: int
-    """Keys of V that one TMA copy brings; of transposed FP8 values, as many bytes lie in a row of shared memory."""
+    """Keys of FP8 values that one TMA copy brings; of those that come transposed, as many bytes lie in a row of shared
+    memory."""
     q_stages: int
     """Buffers for Q."""
     k_stages: int
@@ -83,8 +86,6 @@ class DecodeSpec(ForwardSpec):
 
     query: str
     """Dtype of q in memory."""
-    box_keys: int
-    """Keys that one TMA copy brings; they lie in one page."""
     gathers: bool
     """Whether two warps copy keys and values one by one instead, as small pages need."""
     stages: int

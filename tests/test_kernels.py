@@ -53,6 +53,7 @@ def of_grid(
         mean_keys=keys,
         kv_rows=keys,
         heads_of_kv=heads_of_kv,
+        page_size=None,
         page_table=False,
         cache_batch_idx=False,
         **{name: name in features for name in FEATURES},
@@ -210,7 +211,7 @@ def test_copies_of_a_block_come_together(page_size):
 
 @pytest.mark.parametrize(("page_size", "box"), [(1, 1), (4, 4), (16, 16), (48, 16), (64, 64), (256, 64), (7, 1)])
 def test_copies_stay_in_a_page(page_size, box):
-    assert decode.box_keys(page_size, 64) == box
+    assert heuristics.box_keys(page_size, 64) == box
 
 
 # Of an instruction of compute capability 9.0: the last 12 bits of the first of its 16 bytes.

@@ -101,9 +101,9 @@ extern "C" __global__ void __launch_bounds__(kThreads, spec::kCtasPerSm)
       // Keys and values are then loaded by two lanes of one warp, which do not wait for each other.
       if (warp == 1) {
         if (lane_index() == 0) {
-          KeyLoader(shared, maps).run();
+          KeyLoader(shared, maps, operands, params).run();
         } else if (lane_index() == kWarpSize / 2) {
-          ValueLoader(shared, maps, params).run();
+          ValueLoader(shared, maps, operands, params).run();
         }
       } else if (spec::kWidens && warp == 2) {
         prepare_keys(shared);
@@ -111,8 +111,8 @@ extern "C" __global__ void __launch_bounds__(kThreads, spec::kCtasPerSm)
         ValuePreparer(shared, spec::kWidens ? 0 : warp - 2).run();
       }
     } else {
-      if (warp == 1 && lane_index() == 0) KeyLoader(shared, maps).run();
-      if (warp == 2 && lane_index() == 0) ValueLoader(shared, maps, params).run();
+      if (warp == 1 && lane_index() == 0) KeyLoader(shared, maps, operands, params).run();
+      if (warp == 2 && lane_index() == 0) ValueLoader(shared, maps, operands, params).run();
       if (kPreparers > 0 && warp == 3) ValuePreparer(shared, 0).run();
     }
   } else {

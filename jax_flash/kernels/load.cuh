@@ -3,6 +3,7 @@
 
 #include "hopper/barrier.cuh"
 #include "hopper/tma.cuh"
+#include "keys.cuh"
 #include "operands.cuh"
 #include "params.h"
 #include "spec.h"
@@ -11,28 +12,49 @@
 
 namespace jax_flash {
 
-// Rows of K or V into a buffer of shared memory; those to be widened into its second half.
-template <int kColumnBlocks>
-__device__ __forceinline__ void load_rows(const TensorMap& map, Barrier& barrier, u8* buffer, int row, int kv_head,
-                                          int kv_group) {
-  constexpr int kBlockBytes = spec::kTileN * (spec::kWidens ? kSwizzleBytes / 2 : kSwizzleBytes);
-  constexpr int kBytes = kColumnBlocks * kBlockBytes;
-  barrier.arrive_expect(kBytes);
-  u8* destination = buffer + (spec::kWidens ? kBytes : 0);
-  for (int i = 0; i < kColumnBlocks; ++i) {
-    tma_load(destination + i * kBlockBytes, map, barrier, i * kBlockColumns, row, kv_head, kv_group);
+// Where some keys of a tile that follow each other lie in K and V.
+struct KeyPlace {
+  int group;
+  int row;
+};
+
+__device__ __forceinline__ KeyPlace place_of(const Tile& tile, int key, const Operands& operands,
+                                             const Params& params) {
+  if constexpr (spec::kPageTable) {
+    return {page_of(tile.sequence, key, operands, params), key % params.kv_rows};
+  } else {
+    return {tile.kv_group, tile.kv_row + key};
   }
 }
 
-// Where a block of a tile begins in K and V.
-__device__ __forceinline__ int first_row_of(const Tile& tile, int block) {
-  return tile.kv_row - first_key_in(tile, block);
+// The first key of a block, which lies before that of the tile if the block has a lead.
+__device__ __forceinline__ int first_key_of(const Tile& tile, int block) { return -first_key_in(tile, block); }
+
+// A block of keys or values, kBoxKeys at a time, into a buffer of shared memory; those to be widened into its second
+// half.
+template <int kColumnBlocks>
+__device__ __forceinline__ void load_rows(const TensorMap& map, Barrier& barrier, u8* buffer, const Work& work,
+                                          int block, const Operands& operands, const Params& params) {
+  constexpr int kRowBytes = spec::kWidens ? kSwizzleBytes / 2 : kSwizzleBytes;
+  constexpr int kBlockBytes = spec::kTileN * kRowBytes;
+  constexpr int kBytes = kColumnBlocks * kBlockBytes;
+  barrier.arrive_expect(kBytes);
+  u8* destination = buffer + (spec::kWidens ? kBytes : 0);
+  for (int key = 0; key < spec::kTileN; key += spec::kBoxKeys) {
+    const KeyPlace place = place_of(work.tile, first_key_of(work.tile, block) + key, operands, params);
+    for (int i = 0; i < kColumnBlocks; ++i) {
+      tma_load(destination + i * kBlockBytes + key * kRowBytes, map, barrier, i * kBlockColumns, place.row,
+               work.kv_head, place.group);
+    }
+  }
 }
 
 // One thread: loads Q and K, from the last block of keys to the first, tile after tile.
 class KeyLoader {
  public:
-  __device__ __forceinline__ KeyLoader(SharedStorage& shared, const TensorMaps& maps) : shared_(shared), maps_(maps) {}
+  __device__ __forceinline__ KeyLoader(SharedStorage& shared, const TensorMaps& maps, const Operands& operands,
+                                       const Params& params)
+      : shared_(shared), maps_(maps), operands_(operands), params_(params) {}
 
   __device__ __forceinline__ void run() {
     each_work(shared_, [&](const Work& work) { load(work); });
@@ -43,16 +65,13 @@ class KeyLoader {
   __device__ __forceinline__ void load(const Work& work) {
     const int begin = work.blocks.begin;  // all of it before the last block may have been used
     const int last = work.blocks.end - 1;
-    const int kv_head = work.kv_head;
-    const int kv_group = work.tile.kv_group;
     if (spec::kQStages > 1) load_q(work.tile);
 #pragma unroll 1
     for (int block = last; block >= begin; --block) {
       Pipe& pipe = shared_.k_pipe[ring_.slot];
       pipe.empty.wait(ring_.phase ^ 1);
       Barrier& barrier = spec::kWidens ? shared_.k_landed[ring_.slot] : pipe.full;
-      const int row = first_row_of(work.tile, block);
-      load_rows<kQkBlocks>(maps_.k, barrier, shared_.k[ring_.slot], row, kv_head, kv_group);
+      load_rows<kQkBlocks>(maps_.k, barrier, shared_.k[ring_.slot], work, block, operands_, params_);
       ring_.advance();
       if (spec::kQStages == 1 && block == last) load_q(work.tile);
     }
@@ -73,6 +92,8 @@ class KeyLoader {
 
   SharedStorage& shared_;
   const TensorMaps& maps_;
+  const Operands& operands_;
+  const Params& params_;
   Ring<spec::kQStages> q_ring_;
   Ring<spec::kKStages> ring_;
 };
@@ -82,8 +103,9 @@ class KeyLoader {
 // for the barrier may have gone on by two phases before this thread looks.
 class ValueLoader {
  public:
-  __device__ __forceinline__ ValueLoader(SharedStorage& shared, const TensorMaps& maps, const Params& params)
-      : shared_(shared), maps_(maps), params_(params) {}
+  __device__ __forceinline__ ValueLoader(SharedStorage& shared, const TensorMaps& maps, const Operands& operands,
+                                         const Params& params)
+      : shared_(shared), maps_(maps), operands_(operands), params_(params) {}
 
   __device__ __forceinline__ void run() {
     bool first = true;
@@ -99,30 +121,32 @@ class ValueLoader {
  private:
   __device__ __forceinline__ void load(const Work& work, int block) {
     const int slot = ring_.slot;
-    const int row = first_row_of(work.tile, block);
-    const int kv_head = work.kv_head;
-    const int kv_group = work.tile.kv_group;
+    const int first_key = first_key_of(work.tile, block);
     shared_.v_pipe[slot].empty.wait(ring_.phase ^ 1);
     Barrier& barrier = prepares(work.tile, block) ? shared_.v_landed[slot] : shared_.v_pipe[slot].full;
     if constexpr (kFp8) barrier.arrive_expect(kVBytes);
     if constexpr (spec::kTransposes) {
       // All units of 32 keys at once: those of one head and of the next follow each other.
-      const int first_unit = kv_head * (params_.head_dim_v / kVUnit);
+      const int first_unit = work.kv_head * (params_.head_dim_v / kVUnit);
       for (int key = 0; key < spec::kTileN; key += kVUnit) {
-        tma_load(shared_.v[slot] + key * spec::kHeadDimV, maps_.v, barrier, 0, row + key, first_unit, kv_group);
+        const KeyPlace place = place_of(work.tile, first_key + key, operands_, params_);
+        tma_load(shared_.v[slot] + key * spec::kHeadDimV, maps_.v, barrier, 0, place.row, first_unit, place.group);
       }
     } else if constexpr (kFp8) {
+      const int row = work.tile.kv_row + first_key;
       for (int key = 0; key < spec::kTileN; key += spec::kVBoxKeys) {
-        tma_load(shared_.v[slot] + key * spec::kHeadDimV, maps_.v, barrier, row + key, 0, kv_head, kv_group);
+        tma_load(shared_.v[slot] + key * spec::kHeadDimV, maps_.v, barrier, row + key, 0, work.kv_head,
+                 work.tile.kv_group);
       }
     } else {
-      load_rows<kVBlocks>(maps_.v, barrier, shared_.v[slot], row, kv_head, kv_group);
+      load_rows<kVBlocks>(maps_.v, barrier, shared_.v[slot], work, block, operands_, params_);
     }
     ring_.advance();
   }
 
   SharedStorage& shared_;
   const TensorMaps& maps_;
+  const Operands& operands_;
   const Params& params_;
   Ring<spec::kVStages> ring_;
 };

@@ -174,9 +174,7 @@ class Loader {
   // The page of a key, or the group: past the last one, some other.
   __device__ __forceinline__ int page_of(const Rows& rows, int key) const {
     if constexpr (!spec::kPageTable) return rows.tile.kv_group;
-    const int page = min(key / params_.kv_rows, params_.max_pages - 1);
-    const int* table = operands_.page_table + static_cast<i64>(max(rows.tile.sequence, 0)) * params_.max_pages;
-    return clamp(__ldg(table + page), 0, params_.kv_groups - 1);
+    return jax_flash::page_of(rows.tile.sequence, key, operands_, params_);
   }
 
   SharedStorage& shared_;
