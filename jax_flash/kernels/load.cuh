@@ -38,7 +38,6 @@ __device__ __forceinline__ void load_rows(const TensorMap& map, Barrier& barrier
   constexpr int kRowBytes = spec::kWidens ? kSwizzleBytes / 2 : kSwizzleBytes;
   constexpr int kBlockBytes = spec::kTileN * kRowBytes;
   constexpr int kBytes = kColumnBlocks * kBlockBytes;
-  barrier.arrive_expect(kBytes);
   u8* destination = buffer + (spec::kWidens ? kBytes : 0);
   for (int key = 0; key < spec::kTileN; key += spec::kBoxKeys) {
     const KeyPlace place = place_of(work.tile, first_key_of(work.tile, block) + key, operands, params);
@@ -47,6 +46,7 @@ __device__ __forceinline__ void load_rows(const TensorMap& map, Barrier& barrier
                work.kv_head, place.group);
     }
   }
+  barrier.arrive_expect(kBytes);  // last: only what a thread reads before it arrives is ordered for racecheck
 }
 
 // One thread: loads Q and K, from the last block of keys to the first, tile after tile.
@@ -124,7 +124,6 @@ class ValueLoader {
     const int first_key = first_key_of(work.tile, block);
     shared_.v_pipe[slot].empty.wait(ring_.phase ^ 1);
     Barrier& barrier = prepares(work.tile, block) ? shared_.v_landed[slot] : shared_.v_pipe[slot].full;
-    if constexpr (kFp8) barrier.arrive_expect(kVBytes);
     if constexpr (spec::kTransposes) {
       // All units of 32 keys at once: those of one head and of the next follow each other.
       const int first_unit = work.kv_head * (params_.head_dim_v / kVUnit);
@@ -141,6 +140,7 @@ class ValueLoader {
     } else {
       load_rows<kVBlocks>(maps_.v, barrier, shared_.v[slot], work, block, operands_, params_);
     }
+    if constexpr (kFp8) barrier.arrive_expect(kVBytes);
     ring_.advance();
   }
 
