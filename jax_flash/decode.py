@@ -100,6 +100,7 @@ def decode_spec(
     """
     widens = kv_element == "float8_e4m3fn"
     clusters = 1 < num_splits <= MAX_CLUSTER and tiles * num_splits <= MOST_CLUSTERED
+    clusters &= received_bytes(num_splits, tile_m(rows), heuristics.padded_head_dim(head_dim_v)) <= RING_BYTES[-1]
     fixed: dict[str, Any] = {
         "element": "float16" if widens else element,
         "query": element,
@@ -150,10 +151,19 @@ def key_bytes(fixed: dict[str, Any]) -> int:
     return sum(-(-fixed[name] * size // 128) * 128 for name in ("head_dim", "head_dim_v"))
 
 
-def shared_bytes(*, head_dim: int, head_dim_v: int, tile_m: int, tile_n: int, stages: int, **more) -> int:
+def received_bytes(cluster: int, tile_m: int, head_dim_v: int) -> int:
+    """Of what a CTA of a cluster is sent by all: of each 32 vectors of four columns, one CTA in turn joins parts."""
+    rounds = -(-tile_m * head_dim_v // (4 * 32 * cluster))
+    return cluster * rounds * 32 * 24 if cluster > 1 else 0
+
+
+def shared_bytes(
+    *, head_dim: int, head_dim_v: int, tile_m: int, tile_n: int, stages: int, cluster: int, **more
+) -> int:
     """Bytes of SharedStorage in kernels/decode/storage.cuh, which checks this number."""
     ring = stages * tile_n * key_bytes({"head_dim": head_dim, "head_dim_v": head_dim_v, **more})
+    ring = max(ring, received_bytes(cluster, tile_m, head_dim_v))
     q = 2 * tile_m * (2 * head_dim + 16)
-    parts = 16 * WARPS * (4 * (head_dim_v + 8) + 8) + 8 * tile_m
-    work = 2 * -(-(148 + 8 * tile_m) // 16) * 16 + 16 * stages + 8
+    parts = 16 * WARPS * (4 * (head_dim_v + 8) + 8)
+    work = 2 * -(-(148 + 8 * tile_m) // 16) * 16 + 16 * stages + 16
     return -(-(ring + q + parts + work) // 1024) * 1024

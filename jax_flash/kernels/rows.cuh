@@ -77,9 +77,12 @@ __device__ __forceinline__ bool find_packed(int index, Rows& rows, const Operand
   return false;
 }
 
-// The rows of a number below grid.items; whether it has any. All lanes take part.
-__device__ __forceinline__ bool find_rows(int number, Rows& rows, const Operands& operands, const Params& params,
+// The rows of a number; none from grid.items on, or from some smaller number. All lanes take part.
+__device__ __forceinline__ Rows find_rows(int number, const Operands& operands, const Params& params,
                                           const Grid& grid) {
+  Rows rows;
+  rows.count = 0;
+  if (number >= grid.items) return rows;
   const int item = rows.item = grid.splits.quotient(number);
   rows.split = number - item * grid.splits.value;
   rows.group = grid.group;
@@ -87,7 +90,7 @@ __device__ __forceinline__ bool find_rows(int number, Rows& rows, const Operands
   if constexpr (spec::kPackedQ) {
     const int index = grid.kv_heads.quotient(item);
     rows.kv_head = item - index * grid.kv_heads.value;
-    if (!find_packed(index, rows, operands, params)) return false;
+    if (!find_packed(index, rows, operands, params)) return rows;
   } else {
     const int pair = grid.m_blocks.quotient(item);
     tile.sequence = tile.q_group = grid.kv_heads.quotient(pair);
@@ -110,7 +113,7 @@ __device__ __forceinline__ bool find_rows(int number, Rows& rows, const Operands
   tile.kv_row = keys.row;
   tile.kv_len = keys.len;
   tile.kv_first = keys.first;
-  return true;
+  return rows;
 }
 
 // The blocks of keys that a split has of those that its rows see: every `step`-th, so that CTAs that share them read

@@ -16,8 +16,10 @@
 namespace jax_flash {
 
 // The end of a row, by whoever has all of its parts.
-__device__ __forceinline__ void finish_row(Part part, int row, int column, const Work& work, const Operands& operands,
-                                           const Params& params) {
+__device__ __forceinline__ void finish_vector(Part part, Vector vector, const Work& work, const Operands& operands,
+                                              const Params& params) {
+  const int row = vector.row();
+  const int column = vector.column();
   if (column >= params.head_dim_v) return;
   const Rows& rows = work.rows;
   const Tile& tile = rows.tile;
@@ -36,11 +38,10 @@ __device__ __forceinline__ void finish_row(Part part, int row, int column, const
   if (spec::kLse && column == 0) operands.lse[rows.lse_index(row, params)] = lse;
 }
 
-// Calls `use` with a row and the first of four columns, for all of a tile that are this thread's of `threads`.
+// Calls `use` with those vectors of a tile that are this thread's of `threads`.
 template <typename Use>
 __device__ __forceinline__ void each_vector(const Rows& rows, int thread, int threads, Use use) {
-  constexpr int kVectors = spec::kHeadDimV / 4;
-  for (int i = thread; i < rows.count * kVectors; i += threads) use(i / kVectors, i % kVectors * 4);
+  for (int number = thread; number < rows.count * kVectors; number += threads) use(Vector{number});
 }
 
 // What a split made of its keys, in global memory: sums of values, then of each row the largest exponent and the sum.
@@ -48,54 +49,75 @@ constexpr int kPartFloats = spec::kTileM * (spec::kHeadDimV + 2);
 static_assert(kPartFloats == spec::kPartFloats, "cuda.py makes room for as many");
 constexpr int kPartsAtOnce = 8;
 
-__device__ __forceinline__ void store_part(float* split, int row, int column, const Part& part) {
-  *reinterpret_cast<float4*>(split + row * spec::kHeadDimV + column) = part.out;
-  if (column == 0) {
-    *reinterpret_cast<float2*>(split + spec::kTileM * spec::kHeadDimV + row * 2) = float2{part.largest, part.sum};
+__device__ __forceinline__ void store_part(float* split, Vector vector, const Part& part) {
+  *reinterpret_cast<float4*>(split + vector.number * 4) = part.out;
+  if (vector.column() == 0) {
+    float* largest = split + spec::kTileM * spec::kHeadDimV + vector.row() * 2;
+    *reinterpret_cast<float2*>(largest) = float2{part.largest, part.sum};
   }
 }
 
-__device__ __forceinline__ Part load_part(const float* split, int row, int column) {
-  const float2 x = __ldcg(reinterpret_cast<const float2*>(split + spec::kTileM * spec::kHeadDimV + row * 2));
-  return {x.x, x.y, __ldcg(reinterpret_cast<const float4*>(split + row * spec::kHeadDimV + column))};
+__device__ __forceinline__ Part load_part(const float* split, Vector vector) {
+  const float* largest = split + spec::kTileM * spec::kHeadDimV + vector.row() * 2;
+  const float2 x = __ldcg(reinterpret_cast<const float2*>(largest));
+  return {x.x, x.y, __ldcg(reinterpret_cast<const float4*>(split + vector.number * 4))};
+}
+
+// Hands what this CTA made of its keys to the CTA of the cluster that ends a vector.
+__device__ __forceinline__ void send_part(SharedStorage& shared, int sender, Vector vector, const Part& part) {
+  const int chunk = vector.number / kWarpSize;
+  const int place = chunk / spec::kCluster * kWarpSize + vector.number % kWarpSize;
+  const int receiver = chunk % spec::kCluster;
+  Received& received = shared.received;
+  cluster_store(&received.out[sender][place], part.out, shared.all_received, receiver);
+  cluster_store(&received.largest_and_sum[sender][place], float2{part.largest, part.sum}, shared.all_received,
+                receiver);
 }
 
 // Joins what the consumer warps made of their keys. Ends the rows, if no other CTA has keys of them.
 __device__ __forceinline__ void join_warps(SharedStorage& shared, const Work& work, const Operands& operands,
                                            const Params& params, float* split) {
-  each_vector(work.rows, threadIdx.x, kConsumerThreads, [&](int row, int column) {
+  each_vector(work.rows, threadIdx.x, kConsumerThreads, [&](Vector vector) {
     Part parts[kKeyWarps];
 #pragma unroll
     for (int i = 0; i < kKeyWarps; ++i) {
-      parts[i] = {shared.largest[i][row], shared.sum[i][row],
-                  *reinterpret_cast<const float4*>(&shared.out[i][row][column])};
+      parts[i] = {shared.largest[i][vector.row()], shared.sum[i][vector.row()],
+                  *reinterpret_cast<const float4*>(&shared.out[i][vector.row()][vector.column()])};
     }
     const Part part = join(parts);
     if constexpr (spec::kPartial) {
-      store_part(split, row, column, part);
+      store_part(split, vector, part);
     } else if constexpr (spec::kCluster > 1) {
-      *reinterpret_cast<float4*>(&shared.out[0][row][column]) = part.out;
-      if (column == 0) shared.joined[row] = {part.largest, part.sum};
+      send_part(shared, work.rows.split, vector, part);
     } else {
-      finish_row(part, row, column, work, operands, params);
+      finish_vector(part, vector, work, operands, params);
     }
   });
 }
 
-// Joins what the CTAs of a cluster made of theirs; each ends some of the columns. Cluster barriers go before and after.
+// Joins what the CTAs of a cluster made of theirs, of the vectors that this one ends.
 __device__ __forceinline__ void join_cluster(SharedStorage& shared, const Work& work, const Operands& operands,
                                              const Params& params) {
-  const int thread = work.rows.split * kConsumerThreads + threadIdx.x;
-  each_vector(work.rows, thread, spec::kCluster * kConsumerThreads, [&](int row, int column) {
+  constexpr int kRound = Received::kRound;
+  const int rank = work.rows.split;
+  const int all = work.rows.count * kVectors;
+  const int own = all / kRound * kWarpSize + clamp(all % kRound - rank * kWarpSize, 0, kWarpSize);
+  if (own == 0) return;
+  const Received& received = shared.received;
+  if (threadIdx.x == 0) {
+    shared.all_received.arrive_expect(own * spec::kCluster * static_cast<int>(sizeof(float4) + sizeof(float2)));
+  }
+  shared.all_received.wait(0);
+  for (int place = threadIdx.x; place < own; place += kConsumerThreads) {
     Part parts[spec::kCluster];
 #pragma unroll
     for (int cta = 0; cta < spec::kCluster; ++cta) {
-      const float2 joined = cluster_load(&shared.joined[row], cta);
-      parts[cta] = {joined.x, joined.y,
-                    cluster_load(reinterpret_cast<const float4*>(&shared.out[0][row][column]), cta)};
+      const float2 x = received.largest_and_sum[cta][place];
+      parts[cta] = {x.x, x.y, received.out[cta][place]};
     }
-    finish_row(join(parts), row, column, work, operands, params);
-  });
+    const int number = place / kWarpSize * kRound + rank * kWarpSize + place % kWarpSize;
+    finish_vector(join(parts), Vector{number}, work, operands, params);
+  }
 }
 
 // Joins what splits made of theirs, in the same order whoever is the last one and does so.
@@ -109,27 +131,33 @@ __device__ __forceinline__ void join_splits(SharedStorage& shared, const Work& w
   }
   named_sync(kConsumerBarrier, kConsumerThreads);
   if (shared.last == 0) return;
-  each_vector(work.rows, threadIdx.x, kConsumerThreads, [&](int row, int column) {
+  each_vector(work.rows, threadIdx.x, kConsumerThreads, [&](Vector vector) {
     Part all{-kInfinity, 0.0f, float4{}};
     for (int split = 0; split < splits; split += kPartsAtOnce) {
       Part parts[kPartsAtOnce];
 #pragma unroll
       for (int i = 0; i < kPartsAtOnce; ++i) {
         parts[i] = {-kInfinity, 0.0f, float4{}};
-        if (split + i < splits) parts[i] = load_part(first_split + i64{split + i} * kPartFloats, row, column);
+        if (split + i < splits) parts[i] = load_part(first_split + i64{split + i} * kPartFloats, vector);
       }
       all = join<2>({all, join(parts)});
     }
-    finish_row(all, row, column, work, operands, params);
+    finish_vector(all, vector, work, operands, params);
   });
 }
 
+// What the consumer warps have stored becomes rows of the output, here or in another CTA.
 __device__ __forceinline__ void join_parts(SharedStorage& shared, const Work& work, const Operands& operands,
                                            const Params& params, const Grid& grid) {
+  if constexpr (spec::kCluster > 1) cluster_arrive();
+  named_sync(kConsumerBarrier, kConsumerThreads);
+  if constexpr (spec::kCluster > 1) cluster_wait();
   const int splits = grid.splits.value;
   float* first_split = operands.parts + i64{work.rows.item} * splits * kPartFloats;
   join_warps(shared, work, operands, params, first_split + i64{work.rows.split} * kPartFloats);
   if constexpr (spec::kPartial) join_splits(shared, work, operands, params, first_split, splits);
+  if constexpr (spec::kCluster > 1) join_cluster(shared, work, operands, params);
+  named_sync(kConsumerBarrier, kConsumerThreads);
 }
 
 }  // namespace jax_flash

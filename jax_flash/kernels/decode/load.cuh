@@ -22,29 +22,39 @@ __device__ __forceinline__ void store_q(u8* row, int word, u32 value) {
   *reinterpret_cast<u32*>(row + word * 4) = value;
 }
 
-// By one warp.
+// By one warp, some vectors of 16 bytes at a time. Rows that a tile lacks are those of its last one.
 __device__ __forceinline__ void load_q(u8 (&q)[spec::kTileM][kQStride], const Rows& rows, const Operands& operands,
                                        const Params& params) {
   constexpr int kColumns = 16 / spec::Query::kBytes;  // of a vector
   constexpr int kVectors = spec::kHeadDim / kColumns;
-#pragma unroll 8
-  for (int i = lane_index(); i < spec::kTileM * kVectors; i += kWarpSize) {
-    const int row = i / kVectors;
-    const int column = i % kVectors * kColumns;
-    uint4 vector{};
-    if (row < rows.count && column < params.head_dim) {
-      const u8* from = static_cast<const u8*>(operands.q);
-      from += rows.index(row, params) * params.head_dim * spec::Query::kBytes;
-      vector = __ldg(reinterpret_cast<const uint4*>(from) + i % kVectors);
-    }
-    const u32 words[4] = {vector.x, vector.y, vector.z, vector.w};
+  constexpr int kAtOnce = 8;
+#pragma unroll 1
+  for (int first = lane_index(); first < spec::kTileM * kVectors; first += kAtOnce * kWarpSize) {
+    uint4 vectors[kAtOnce];
 #pragma unroll
-    for (int j = 0; j < 4; ++j) {
-      if constexpr (spec::Query::kBytes == 1) {
-        store_q(q[row], column / 2 + 2 * j, widen2(words[j]));
-        store_q(q[row], column / 2 + 2 * j + 1, widen2(words[j] >> 16));
-      } else {
-        store_q(q[row], column / 2 + j, spec::kConvertsQ ? float16_of_bfloat16(words[j]) : words[j]);
+    for (int i = 0; i < kAtOnce; ++i) {
+      const int row = min((first + i * kWarpSize) / kVectors, rows.count - 1);
+      const int column = (first + i * kWarpSize) % kVectors * kColumns;
+      const u8* from = static_cast<const u8*>(operands.q);
+      from += (rows.index(row, params) * params.head_dim + min(column, params.head_dim - kColumns)) * spec::Query::kBytes;
+      vectors[i] = __ldg(reinterpret_cast<const uint4*>(from));
+    }
+#pragma unroll
+    for (int i = 0; i < kAtOnce; ++i) {
+      const int row = (first + i * kWarpSize) / kVectors;
+      const int column = (first + i * kWarpSize) % kVectors * kColumns;
+      if (row >= spec::kTileM) break;
+      const bool there = column < params.head_dim;
+      const u32 words[4] = {vectors[i].x, vectors[i].y, vectors[i].z, vectors[i].w};
+#pragma unroll
+      for (int j = 0; j < 4; ++j) {
+        const u32 word = there ? words[j] : 0;
+        if constexpr (spec::Query::kBytes == 1) {
+          store_q(q[row], column / 2 + 2 * j, widen2(word));
+          store_q(q[row], column / 2 + 2 * j + 1, widen2(word >> 16));
+        } else {
+          store_q(q[row], column / 2 + j, spec::kConvertsQ ? float16_of_bfloat16(word) : word);
+        }
       }
     }
   }
@@ -59,10 +69,9 @@ class Loader {
     for (int i = 0; i < warp; ++i) ring_.advance();
   }
 
-  // The first tile it finds for itself: nothing is loaded before.
-  __device__ __forceinline__ void run(const Grid& grid) {
-    Rows first;
-    if (find_rows(blockIdx.x, first, operands_, params_, grid)) load(first, Share(first, params_, grid));
+  // The first tile of its CTA it knows without being told.
+  __device__ __forceinline__ void run(const Rows& first, const Grid& grid) {
+    if (first.count > 0) load(first, Share(first, params_, grid));
     Ring<kWorkSlots> works;
     for (bool is_first = true;; is_first = false) {
       Work& work = shared_.work[works.slot];
@@ -90,6 +99,7 @@ class Loader {
     int page, row;
     int next_key = key_of(share, lane_index());
     int next_page = page_of(rows, next_key);
+#pragma unroll 1
     for (int i = 0; i < share.count; ++i) {
       if (i * kPieces >= piece) {
         page = next_page;
@@ -100,18 +110,22 @@ class Loader {
       }
       Barrier& barrier = shared_.full[ring_.slot];
       shared_.empty[ring_.slot].wait(ring_.phase ^ 1);
-      if (lane_index() == 0) barrier.arrive_expect((kKBoxes + kVBoxes) * kBlockBytes);
-      __syncwarp();
-      const int own = piece - kWarpSize + lane_index() - i * kPieces;
-      if (own >= 0 && own < kPieces) {
-        const int offset = own * spec::kBoxKeys * kSwizzleBytes;
-        for (int box = 0; box < kKBoxes; ++box) {
-          tma_load(shared_.k[ring_.slot] + box * kBlockBytes + offset, maps_.k, barrier, box * kBoxColumns, row,
-                   rows.kv_head, page);
-        }
-        for (int box = 0; box < kVBoxes; ++box) {
-          tma_load(shared_.v[ring_.slot] + box * kBlockBytes + offset, maps_.v, barrier, box * kBoxColumns, row,
-                   rows.kv_head, page);
+      if (elect_lane()) barrier.arrive_expect((kKBoxes + kVBoxes) * kBlockBytes);
+#pragma unroll
+      for (int own = 0; own < kPieces; ++own) {
+        const int lane = i * kPieces + own - (piece - kWarpSize);
+        const int its_page = __shfl_sync(kAllLanes, page, lane);
+        const int its_row = __shfl_sync(kAllLanes, row, lane);
+        if (elect_lane()) {
+          const int offset = own * spec::kBoxKeys * kSwizzleBytes;
+          for (int box = 0; box < kKBoxes; ++box) {
+            tma_load(shared_.ring.k[ring_.slot] + box * kBlockBytes + offset, maps_.k, barrier, box * kBoxColumns, its_row,
+                     rows.kv_head, its_page);
+          }
+          for (int box = 0; box < kVBoxes; ++box) {
+            tma_load(shared_.ring.v[ring_.slot] + box * kBlockBytes + offset, maps_.v, barrier, box * kBoxColumns, its_row,
+                     rows.kv_head, its_page);
+          }
         }
       }
       ring_.advance();
@@ -127,8 +141,8 @@ class Loader {
       for (int i = 0; i < kKeysOfLane; ++i) keys[i] = next[i];
       locate(rows, share, block_ + kLoaders, next);
       shared_.empty[ring_.slot].wait(ring_.phase ^ 1);
-      gather_rows<kKBoxes>(shared_.k[ring_.slot], operands_.k, params_.head_dim * kKvBytes, keys);
-      gather_rows<kVBoxes>(shared_.v[ring_.slot], operands_.v, params_.head_dim_v * kKvBytes, keys);
+      gather_rows<kKBoxes>(shared_.ring.k[ring_.slot], operands_.k, params_.head_dim * kKvBytes, keys);
+      gather_rows<kVBoxes>(shared_.ring.v[ring_.slot], operands_.v, params_.head_dim_v * kKvBytes, keys);
       arrive_after_copies(shared_.full[ring_.slot]);
       for (int i = 0; i < kLoaders; ++i) ring_.advance();
     }

@@ -52,9 +52,7 @@ class Consumer {
       }
       i -= work.share.count;
       store(work.rows, part);
-      named_sync(kConsumerBarrier, kConsumerThreads);
       join_parts(shared_, work, operands_, params_, grid_);
-      named_sync(kConsumerBarrier, kConsumerThreads);
       work.empty.arrive();
       works.advance();
     }
@@ -111,7 +109,7 @@ class Consumer {
     float s[spec::kTileN / 2];
 #pragma unroll
     for (int i = 0; i < spec::kTileN / 2; ++i) s[i] = 0.0f;
-    scores(s, q, shared_.k[slot]);
+    scores(s, q, shared_.ring.k[slot]);
 #pragma unroll
     for (int i = 0; i < spec::kTileN / 2; ++i) {
       s[i] *= scale_[i / 2 % 2];
@@ -135,7 +133,7 @@ class Consumer {
     }
     Probabilities<Element, spec::kTileN> p;
     p.pack(s);
-    values<kEdge>(p, shared_.v[slot], first_used_in(rows.tile, block), last_used_in(rows.tile, block));
+    values<kEdge>(p, shared_.ring.v[slot], first_used_in(rows.tile, block), last_used_in(rows.tile, block));
   }
 
   // Where 16 bytes of a row of a tile lie.

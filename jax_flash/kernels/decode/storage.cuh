@@ -33,9 +33,8 @@ static_assert(kThreads == spec::kThreads, "decode.py launches as many threads");
 // A warp that waited for a buffer that others use too could take an older phase of its barrier for the one to come.
 static_assert(spec::kStages % kKeyWarps == 0 && spec::kStages % kLoaders == 0, "a buffer is always the same warp's");
 
-// Named barriers; 0 is __syncthreads.
+// A named barrier; 0 is __syncthreads.
 constexpr int kConsumerBarrier = 1;
-constexpr int kStartBarrier = 2;
 
 constexpr int kQStride = spec::kHeadDim * 2 + 16;  // bytes of a row: eight of them lie in different banks
 constexpr int kOutStride = spec::kHeadDimV + 8;    // floats, likewise
@@ -53,30 +52,58 @@ struct Work {
 };
 constexpr int kWorkSlots = 2;
 
-struct alignas(1024) SharedStorage {
+// Four columns of a row of the output, counted through all of a tile's.
+constexpr int kVectors = spec::kHeadDimV / 4;  // of a row
+struct Vector {
+  int number;
+  __device__ __forceinline__ int row() const { return number / kVectors; }
+  __device__ __forceinline__ int column() const { return number % kVectors * 4; }
+};
+
+// What the CTAs of a cluster made of their keys, as far as this one has to join it: of each 32 vectors that follow each
+// other one CTA, in turn.
+struct Received {
+  static constexpr int kRound = spec::kCluster * kWarpSize;
+  static constexpr int kAll = spec::kCluster > 1 ? spec::kTileM * kVectors : kRound;
+  static constexpr int kVectorsOfCta = (kAll + kRound - 1) / kRound * kWarpSize;
+  float4 out[spec::kCluster][kVectorsOfCta];
+  float2 largest_and_sum[spec::kCluster][kVectorsOfCta];
+};
+
+struct Buffers {
   u8 k[spec::kStages][kKBoxes * kBlockBytes];
   u8 v[spec::kStages][kVBoxes * kBlockBytes];
+};
+
+struct alignas(1024) SharedStorage {
+  union {
+    Buffers ring;
+    Received received;  // once no CTA of the cluster has anything left in its buffers
+  };
   alignas(16) u8 q[kWorkSlots][spec::kTileM][kQStride];
-  // What warps made of their keys, then, in the first place, all of them.
+  // What warps made of their keys.
   alignas(16) float out[kKeyWarps][spec::kTileM][kOutStride];
   float largest[kKeyWarps][spec::kTileM];
   float sum[kKeyWarps][spec::kTileM];
-  float2 joined[spec::kTileM];  // the same two numbers of all warps
   Barrier full[spec::kStages];
   Barrier empty[spec::kStages];
+  Barrier all_received;
   Work work[kWorkSlots];
   int last;  // whether this CTA is the last one that has worked on its rows
 
-  // By one warp.
+  // By the warps that multiply, each some: every barrier takes its time, whichever lane of a warp prepares it.
   __device__ __forceinline__ void init() {
-    for (int stage = lane_index(); stage < spec::kStages; stage += kWarpSize) {
+    const int warp = warp_index();
+    if (lane_index() != 0) return;
+    for (int stage = warp; stage < spec::kStages; stage += kWarps) {
       full[stage].init(spec::kGathers ? kWarpSize : 1);
       empty[stage].init(kRowWarps);
     }
-    if (lane_index() < kWorkSlots) {
-      work[lane_index()].located.init(1);
-      work[lane_index()].full.init(kWarpSize);
-      work[lane_index()].empty.init(kConsumerThreads + kLoaders * kWarpSize);
+    if (warp == kWorkSlots) all_received.init(1);
+    if (warp < kWorkSlots) {
+      work[warp].located.init(1);
+      work[warp].full.init(kWarpSize);
+      work[warp].empty.init(kConsumerThreads + kLoaders * kWarpSize);
     }
   }
 };

@@ -1,4 +1,4 @@
-// Clusters: CTAs that run side by side and read each other's shared memory.
+// Clusters: CTAs that run side by side and write to each other's shared memory.
 #pragma once
 
 #include "hopper/barrier.cuh"
@@ -6,11 +6,14 @@
 
 namespace jax_flash {
 
-// All threads of all CTAs of the cluster; what they wrote to shared memory before is seen after.
-__device__ __forceinline__ void cluster_sync() {
+// A barrier of all threads of the cluster that have not ended. It orders no memory accesses by generic addresses, which
+// would take as long as one to global memory.
+__device__ __forceinline__ void cluster_arrive() {
   __syncwarp();
-  asm volatile("barrier.cluster.arrive.release.aligned;\nbarrier.cluster.wait.acquire.aligned;" ::: "memory");
+  asm volatile("barrier.cluster.arrive.relaxed.aligned;" ::: "memory");
 }
+
+__device__ __forceinline__ void cluster_wait() { asm volatile("barrier.cluster.wait.aligned;" ::: "memory"); }
 
 // Where `pointer`, of this CTA's shared memory, lies in that of CTA `rank` of the cluster.
 __device__ __forceinline__ u32 cluster_address(const void* pointer, int rank) {
@@ -19,22 +22,19 @@ __device__ __forceinline__ u32 cluster_address(const void* pointer, int rank) {
   return address;
 }
 
-__device__ __forceinline__ float2 cluster_load(const float2* pointer, int rank) {
-  float2 x;
-  asm volatile("ld.shared::cluster.v2.f32 {%0, %1}, [%2];"
-               : "=f"(x.x), "=f"(x.y)
-               : "r"(cluster_address(pointer, rank))
+// Writes to the shared memory of CTA `rank`, whose barrier counts the bytes once they are there. Nobody waits.
+__device__ __forceinline__ void cluster_store(float2* pointer, float2 x, Barrier& barrier, int rank) {
+  asm volatile("st.async.weak.shared::cluster.mbarrier::complete_tx::bytes.v2.f32 [%0], {%1, %2}, [%3];" ::"r"(
+                   cluster_address(pointer, rank)),
+               "f"(x.x), "f"(x.y), "r"(cluster_address(&barrier, rank))
                : "memory");
-  return x;
 }
 
-__device__ __forceinline__ float4 cluster_load(const float4* pointer, int rank) {
-  float4 x;
-  asm volatile("ld.shared::cluster.v4.f32 {%0, %1, %2, %3}, [%4];"
-               : "=f"(x.x), "=f"(x.y), "=f"(x.z), "=f"(x.w)
-               : "r"(cluster_address(pointer, rank))
+__device__ __forceinline__ void cluster_store(float4* pointer, float4 x, Barrier& barrier, int rank) {
+  asm volatile("st.async.weak.shared::cluster.mbarrier::complete_tx::bytes.v4.f32 [%0], {%1, %2, %3, %4}, [%5];" ::"r"(
+                   cluster_address(pointer, rank)),
+               "f"(x.x), "f"(x.y), "f"(x.z), "f"(x.w), "r"(cluster_address(&barrier, rank))
                : "memory");
-  return x;
 }
 
 }  // namespace jax_flash

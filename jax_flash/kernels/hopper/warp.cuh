@@ -17,6 +17,21 @@ __device__ __forceinline__ int uniform(int x) { return __shfl_sync(kAllLanes, x,
 
 __device__ __forceinline__ int warp_index() { return uniform(threadIdx.x / kWarpSize); }
 
+// True in one lane. Unlike a comparison of numbers of lanes, this tells the compiler that it is one: TMA then needs no
+// loop over lanes. All lanes take part.
+__device__ __forceinline__ bool elect_lane() {
+  int chosen;
+  asm volatile(
+      "{\n"
+      ".reg .pred chosen;\n"
+      "elect.sync _|chosen, %1;\n"
+      "selp.b32 %0, 1, 0, chosen;\n"
+      "}"
+      : "=r"(chosen)
+      : "r"(kAllLanes));
+  return chosen != 0;
+}
+
 // A value that the compiler cannot trace: what follows from it stays in the loop instead of in registers outside.
 __device__ __forceinline__ int opaque(int x) {
   asm volatile("" : "+r"(x));
