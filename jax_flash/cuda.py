@@ -172,6 +172,7 @@ def forward_decode(attention: Attention, operands: Operands):
         tiles=tiles,
         most_tiles=most_tiles,
         page_size=_page_size(operands),
+        keys=keys,
         num_splits=splits,
         multiprocessors=multiprocessors(),
         **_features(attention, operands),

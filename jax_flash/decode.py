@@ -29,6 +29,9 @@ BUFFERS = 2
 WARPS = 4
 """That multiply, as kernels/decode/storage.cuh has it; more are not faster, even where they widen keys and values."""
 
+SHORT_KEYS = 4096
+"""Keys of a CTA up to which blocks of 32 do better than of 64: when the last ones have come, less is left to do."""
+
 LEAST_BOX_KEYS = 8
 """Of a copy of TMA; where pages allow fewer, warps gather keys one by one."""
 
@@ -88,6 +91,7 @@ def decode_spec(
     tiles: int,
     most_tiles: int,
     page_size: int | None,
+    keys: int,
     num_splits: int,
     multiprocessors: int,
     **features: bool,
@@ -96,7 +100,7 @@ def decode_spec(
 
     `element` is the dtype of q, `kv_element` that of k and v; `rows` are those of a sequence that share keys, on
     average; `tiles` those there are, likewise, and `most_tiles` at most; `page_size` is None without a page table;
-    `features` are further flags of DecodeSpec.
+    `keys` are those that a row sees, at most; `features` are further flags of DecodeSpec.
     """
     widens = kv_element == "float8_e4m3fn"
     clusters = 1 < num_splits <= MAX_CLUSTER and tiles * num_splits <= MOST_CLUSTERED
@@ -116,15 +120,17 @@ def decode_spec(
         "key_alignment": 1,
         **features,
     }
-    return next(filter(fits, _tilings(fixed, page_size)))
+    most_n = 32 if keys <= SHORT_KEYS * num_splits else 64
+    return next(filter(fits, _tilings(fixed, page_size, most_n)))
 
 
-def _tilings(fixed: dict[str, Any], page_size: int | None) -> Iterator[DecodeSpec]:
-    """The best first. Every warp that has keys of its own has buffers of its own."""
+def _tilings(fixed: dict[str, Any], page_size: int | None, most_n: int) -> Iterator[DecodeSpec]:
+    """The best first, with blocks of at most `most_n` keys. Every warp that has keys of its own has its own buffers."""
     for ring_bytes in RING_BYTES:
         stages = max(4, BUFFERS * 16 * WARPS // fixed["tile_m"])
         fitting = ring_bytes // stages // key_bytes(fixed)
-        tile_n = next((n for n in (64, 32) if n <= fitting), 16)
+        tile_n = next((n for n in (most_n, 32) if n <= fitting), 16)
+        stages *= max(1, fitting // tile_n)
         box = heuristics.box_keys(page_size, tile_n)
         gathers = box < LEAST_BOX_KEYS
         part_floats = fixed["tile_m"] * (fixed["head_dim_v"] + 2)
@@ -157,9 +163,7 @@ def received_bytes(cluster: int, tile_m: int, head_dim_v: int) -> int:
     return cluster * rounds * 32 * 24 if cluster > 1 else 0
 
 
-def shared_bytes(
-    *, head_dim: int, head_dim_v: int, tile_m: int, tile_n: int, stages: int, cluster: int, **more
-) -> int:
+def shared_bytes(*, head_dim: int, head_dim_v: int, tile_m: int, tile_n: int, stages: int, cluster: int, **more) -> int:
     """Bytes of SharedStorage in kernels/decode/storage.cuh, which checks this number."""
     ring = stages * tile_n * key_bytes({"head_dim": head_dim, "head_dim_v": head_dim_v, **more})
     ring = max(ring, received_bytes(cluster, tile_m, head_dim_v))

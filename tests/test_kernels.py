@@ -110,6 +110,7 @@ def of_decode(
     features: tuple[str, ...],
     page_size: int | None = None,
     most_tiles: int = 3,
+    keys: int = 10000,
     num_splits: int = 1,
 ) -> DecodeSpec:
     """The decode kernel of a combination."""
@@ -123,6 +124,7 @@ def of_decode(
         tiles=3,
         most_tiles=most_tiles,
         page_size=page_size,
+        keys=keys,
         num_splits=num_splits,
         multiprocessors=132,
         page_table=page_size is not None,
@@ -147,6 +149,7 @@ def decode_kernels():
             features,
             page_size=page_sizes[turn % 7 % 2],
             most_tiles=(3, 200)[turn % 5 % 2],
+            keys=(10**6, 1000)[turn % 3 % 2],
             num_splits=(1, 4, 40)[turn % 4 % 3],
         )
         kernels.append(pytest.param(spec, id=f"{'-over-'.join(elements)}-d{head_dim}-{head_dim_v}-m{rows}"))

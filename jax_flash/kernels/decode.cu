@@ -59,9 +59,12 @@ class Scales {
   float v_scale_;
 };
 
-// The warp that finds tiles, but for the first one.
-__device__ __forceinline__ void find_work(SharedStorage& shared, Rows rows, const Operands& operands,
-                                          const Params& params, const Grid& grid) {
+// The warp that finds tiles.
+__device__ __forceinline__ void find_work(SharedStorage& shared, const Operands& operands, const Params& params,
+                                          const Grid& grid) {
+  shared.init_work();
+  Rows rows = find_rows(blockIdx.x, operands, params, grid);
+  start();
   Ring<kWorkSlots> ring;
   while (true) {
     Work& work = shared.work[ring.slot];
@@ -89,18 +92,10 @@ extern "C" __global__ void __launch_bounds__(kThreads, 1)
   extern __shared__ __align__(1024) u8 shared_bytes[];
   SharedStorage& shared = *reinterpret_cast<SharedStorage*>(shared_bytes);
   const int loader = warp_index() - kWarps;
-  Rows first;
-  if (loader < 0) {
-    shared.init();
-    fence_barrier_init();
-  } else {
-    first = find_rows(blockIdx.x, operands, params, grid);
-  }
-  __syncthreads();
   if (loader == kLoaders) {
-    find_work(shared, first, operands, params, grid);
+    find_work(shared, operands, params, grid);
   } else if (loader >= 0) {
-    Loader(shared, maps, operands, params, loader).run(first, grid);
+    Loader(shared, maps, operands, params, loader).run(grid);
   } else {
     Consumer(shared, operands, params, grid).run();
   }

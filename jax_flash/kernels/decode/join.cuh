@@ -16,12 +16,11 @@
 namespace jax_flash {
 
 // The end of a row, by whoever has all of its parts.
-__device__ __forceinline__ void finish_vector(Part part, Vector vector, const Work& work, const Operands& operands,
-                                              const Params& params) {
+__device__ __forceinline__ void finish_vector(Part part, Vector vector, const Rows& rows, const Work& work,
+                                              const Operands& operands, const Params& params) {
   const int row = vector.row();
   const int column = vector.column();
   if (column >= params.head_dim_v) return;
-  const Rows& rows = work.rows;
   const Tile& tile = rows.tile;
   const int query = rows.query(row);
   const bool used = query < tile.q_len;
@@ -75,9 +74,9 @@ __device__ __forceinline__ void send_part(SharedStorage& shared, int sender, Vec
 }
 
 // Joins what the consumer warps made of their keys. Ends the rows, if no other CTA has keys of them.
-__device__ __forceinline__ void join_warps(SharedStorage& shared, const Work& work, const Operands& operands,
-                                           const Params& params, float* split) {
-  each_vector(work.rows, threadIdx.x, kConsumerThreads, [&](Vector vector) {
+__device__ __forceinline__ void join_warps(SharedStorage& shared, const Rows& rows, const Work& work,
+                                           const Operands& operands, const Params& params, float* split) {
+  each_vector(rows, threadIdx.x, kConsumerThreads, [&](Vector vector) {
     Part parts[kKeyWarps];
 #pragma unroll
     for (int i = 0; i < kKeyWarps; ++i) {
@@ -88,19 +87,19 @@ __device__ __forceinline__ void join_warps(SharedStorage& shared, const Work& wo
     if constexpr (spec::kPartial) {
       store_part(split, vector, part);
     } else if constexpr (spec::kCluster > 1) {
-      send_part(shared, work.rows.split, vector, part);
+      send_part(shared, rows.split, vector, part);
     } else {
-      finish_vector(part, vector, work, operands, params);
+      finish_vector(part, vector, rows, work, operands, params);
     }
   });
 }
 
 // Joins what the CTAs of a cluster made of theirs, of the vectors that this one ends.
-__device__ __forceinline__ void join_cluster(SharedStorage& shared, const Work& work, const Operands& operands,
-                                             const Params& params) {
+__device__ __forceinline__ void join_cluster(SharedStorage& shared, const Rows& rows, const Work& work,
+                                             const Operands& operands, const Params& params) {
   constexpr int kRound = Received::kRound;
-  const int rank = work.rows.split;
-  const int all = work.rows.count * kVectors;
+  const int rank = rows.split;
+  const int all = rows.count * kVectors;
   const int own = all / kRound * kWarpSize + clamp(all % kRound - rank * kWarpSize, 0, kWarpSize);
   if (own == 0) return;
   const Received& received = shared.received;
@@ -116,22 +115,23 @@ __device__ __forceinline__ void join_cluster(SharedStorage& shared, const Work& 
       parts[cta] = {x.x, x.y, received.out[cta][place]};
     }
     const int number = place / kWarpSize * kRound + rank * kWarpSize + place % kWarpSize;
-    finish_vector(join(parts), Vector{number}, work, operands, params);
+    finish_vector(join(parts), Vector{number}, rows, work, operands, params);
   }
 }
 
 // Joins what splits made of theirs, in the same order whoever is the last one and does so.
-__device__ __forceinline__ void join_splits(SharedStorage& shared, const Work& work, const Operands& operands,
-                                            const Params& params, const float* first_split, int splits) {
+__device__ __forceinline__ void join_splits(SharedStorage& shared, const Rows& rows, const Work& work,
+                                            const Operands& operands, const Params& params, const float* first_split,
+                                            int splits) {
   __threadfence();
   named_sync(kConsumerBarrier, kConsumerThreads);
   if (threadIdx.x == 0) {
-    shared.last = atomicAdd(operands.counters + 1 + work.rows.item, 1) == splits - 1;
+    shared.last = atomicAdd(operands.counters + 1 + rows.item, 1) == splits - 1;
     __threadfence();
   }
   named_sync(kConsumerBarrier, kConsumerThreads);
   if (shared.last == 0) return;
-  each_vector(work.rows, threadIdx.x, kConsumerThreads, [&](Vector vector) {
+  each_vector(rows, threadIdx.x, kConsumerThreads, [&](Vector vector) {
     Part all{-kInfinity, 0.0f, float4{}};
     for (int split = 0; split < splits; split += kPartsAtOnce) {
       Part parts[kPartsAtOnce];
@@ -142,7 +142,7 @@ __device__ __forceinline__ void join_splits(SharedStorage& shared, const Work& w
       }
       all = join<2>({all, join(parts)});
     }
-    finish_vector(all, vector, work, operands, params);
+    finish_vector(all, vector, rows, work, operands, params);
   });
 }
 
@@ -152,11 +152,12 @@ __device__ __forceinline__ void join_parts(SharedStorage& shared, const Work& wo
   if constexpr (spec::kCluster > 1) cluster_arrive();
   named_sync(kConsumerBarrier, kConsumerThreads);
   if constexpr (spec::kCluster > 1) cluster_wait();
+  const Rows rows = work.rows;
   const int splits = grid.splits.value;
-  float* first_split = operands.parts + i64{work.rows.item} * splits * kPartFloats;
-  join_warps(shared, work, operands, params, first_split + i64{work.rows.split} * kPartFloats);
-  if constexpr (spec::kPartial) join_splits(shared, work, operands, params, first_split, splits);
-  if constexpr (spec::kCluster > 1) join_cluster(shared, work, operands, params);
+  float* first_split = operands.parts + i64{rows.item} * splits * kPartFloats;
+  join_warps(shared, rows, work, operands, params, first_split + i64{rows.split} * kPartFloats);
+  if constexpr (spec::kPartial) join_splits(shared, rows, work, operands, params, first_split, splits);
+  if constexpr (spec::kCluster > 1) join_cluster(shared, rows, work, operands, params);
   named_sync(kConsumerBarrier, kConsumerThreads);
 }
 

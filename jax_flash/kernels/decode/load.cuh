@@ -36,7 +36,8 @@ __device__ __forceinline__ void load_q(u8 (&q)[spec::kTileM][kQStride], const Ro
       const int row = min((first + i * kWarpSize) / kVectors, rows.count - 1);
       const int column = (first + i * kWarpSize) % kVectors * kColumns;
       const u8* from = static_cast<const u8*>(operands.q);
-      from += (rows.index(row, params) * params.head_dim + min(column, params.head_dim - kColumns)) * spec::Query::kBytes;
+      from +=
+          (rows.index(row, params) * params.head_dim + min(column, params.head_dim - kColumns)) * spec::Query::kBytes;
       vectors[i] = __ldg(reinterpret_cast<const uint4*>(from));
     }
 #pragma unroll
@@ -69,9 +70,16 @@ class Loader {
     for (int i = 0; i < warp; ++i) ring_.advance();
   }
 
-  // The first tile of its CTA it knows without being told.
-  __device__ __forceinline__ void run(const Rows& first, const Grid& grid) {
-    if (first.count > 0) load(first, Share(first, params_, grid));
+  // The first tile of the CTA it finds by itself: nothing is loaded before.
+  __device__ __forceinline__ void run(const Grid& grid) {
+    if (elect_lane()) {
+      tma_prefetch(maps_.k);
+      tma_prefetch(maps_.v);
+    }
+    const Rows first = find_rows(blockIdx.x, operands_, params_, grid);
+    const Share share(first, params_, grid);
+    start();
+    if (first.count > 0) load(first, share);
     Ring<kWorkSlots> works;
     for (bool is_first = true;; is_first = false) {
       Work& work = shared_.work[works.slot];
@@ -119,12 +127,12 @@ class Loader {
         if (elect_lane()) {
           const int offset = own * spec::kBoxKeys * kSwizzleBytes;
           for (int box = 0; box < kKBoxes; ++box) {
-            tma_load(shared_.ring.k[ring_.slot] + box * kBlockBytes + offset, maps_.k, barrier, box * kBoxColumns, its_row,
-                     rows.kv_head, its_page);
+            tma_load(shared_.ring.k[ring_.slot] + box * kBlockBytes + offset, maps_.k, barrier, box * kBoxColumns,
+                     its_row, rows.kv_head, its_page);
           }
           for (int box = 0; box < kVBoxes; ++box) {
-            tma_load(shared_.ring.v[ring_.slot] + box * kBlockBytes + offset, maps_.v, barrier, box * kBoxColumns, its_row,
-                     rows.kv_head, its_page);
+            tma_load(shared_.ring.v[ring_.slot] + box * kBlockBytes + offset, maps_.v, barrier, box * kBoxColumns,
+                     its_row, rows.kv_head, its_page);
           }
         }
       }

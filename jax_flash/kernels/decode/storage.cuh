@@ -33,8 +33,15 @@ static_assert(kThreads == spec::kThreads, "decode.py launches as many threads");
 // A warp that waited for a buffer that others use too could take an older phase of its barrier for the one to come.
 static_assert(spec::kStages % kKeyWarps == 0 && spec::kStages % kLoaders == 0, "a buffer is always the same warp's");
 
-// A named barrier; 0 is __syncthreads.
+// Named barriers; 0 is __syncthreads.
 constexpr int kConsumerBarrier = 1;
+constexpr int kStartBarrier = 2;
+
+// Each warp does before what it can without the others.
+__device__ __forceinline__ void start() {
+  fence_barrier_init();
+  named_sync(kStartBarrier, kThreads);
+}
 
 constexpr int kQStride = spec::kHeadDim * 2 + 16;  // bytes of a row: eight of them lie in different banks
 constexpr int kOutStride = spec::kHeadDimV + 8;    // floats, likewise
@@ -91,20 +98,26 @@ struct alignas(1024) SharedStorage {
   Work work[kWorkSlots];
   int last;  // whether this CTA is the last one that has worked on its rows
 
-  // By the warps that multiply, each some: every barrier takes its time, whichever lane of a warp prepares it.
-  __device__ __forceinline__ void init() {
+  // Barriers are prepared one after another, whichever lanes of a warp do so: the warps that multiply share those of
+  // the ring,
+  __device__ __forceinline__ void init_ring() {
     const int warp = warp_index();
     if (lane_index() != 0) return;
     for (int stage = warp; stage < spec::kStages; stage += kWarps) {
       full[stage].init(spec::kGathers ? kWarpSize : 1);
       empty[stage].init(kRowWarps);
     }
-    if (warp == kWorkSlots) all_received.init(1);
-    if (warp < kWorkSlots) {
-      work[warp].located.init(1);
-      work[warp].full.init(kWarpSize);
-      work[warp].empty.init(kConsumerThreads + kLoaders * kWarpSize);
+  }
+
+  // and the one that finds tiles has the others.
+  __device__ __forceinline__ void init_work() {
+    if (lane_index() != 0) return;
+    for (Work& each : work) {
+      each.located.init(1);
+      each.full.init(kWarpSize);
+      each.empty.init(kConsumerThreads + kLoaders * kWarpSize);
     }
+    all_received.init(1);
   }
 };
 static_assert(sizeof(SharedStorage) == spec::kSharedBytes, "decode.py counts the same bytes");
