@@ -40,6 +40,7 @@ constexpr int kStartBarrier = 2;
 // Each warp does before what it can without the others.
 __device__ __forceinline__ void start() {
   fence_barrier_init();
+  __syncwarp();
   named_sync(kStartBarrier, kThreads);
 }
 
