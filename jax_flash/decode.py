@@ -35,6 +35,9 @@ SHORT_KEYS = 4096
 LEAST_BOX_KEYS = 8
 """Of a copy of TMA; where pages allow fewer, warps gather keys one by one."""
 
+GATHERING_WARPS = 2
+"""That do so, as kernels/decode/storage.cuh has it."""
+
 MAX_CLUSTER = 8
 """CTAs of a cluster that every GPU of compute capability 9.0 takes."""
 
@@ -141,7 +144,7 @@ def _tilings(fixed: dict[str, Any], page_size: int | None, most_n: int) -> Itera
             box_keys=box,
             gathers=gathers,
             part_floats=part_floats,
-            threads=32 * (WARPS + (2 if gathers else 1) + 1),
+            threads=32 * (WARPS + (GATHERING_WARPS if gathers else 1) + 1),
             shared_bytes=shared_bytes(**fixed, **tiling),
         )
 
@@ -158,9 +161,9 @@ def key_bytes(fixed: dict[str, Any]) -> int:
 
 
 def received_bytes(cluster: int, tile_m: int, head_dim_v: int) -> int:
-    """Of what a CTA of a cluster is sent by all: of each 32 vectors of four columns, one CTA in turn joins parts."""
-    rounds = -(-tile_m * head_dim_v // (4 * 32 * cluster))
-    return cluster * rounds * 32 * 24 if cluster > 1 else 0
+    """Of what a CTA of a cluster is sent by all: of each 32 vectors of eight columns, one CTA in turn joins parts."""
+    rounds = -(-tile_m * head_dim_v // (8 * 32 * cluster))
+    return cluster * rounds * 32 * 40 if cluster > 1 else 0
 
 
 def shared_bytes(*, head_dim: int, head_dim_v: int, tile_m: int, tile_n: int, stages: int, cluster: int, **more) -> int:

@@ -59,12 +59,9 @@ class Scales {
   float v_scale_;
 };
 
-// The warp that finds tiles.
-__device__ __forceinline__ void find_work(SharedStorage& shared, const Operands& operands, const Params& params,
-                                          const Grid& grid) {
-  shared.init_work();
-  Rows rows = find_rows(blockIdx.x, operands, params, grid);
-  start();
+// The warp that finds tiles, but for the first one.
+__device__ __forceinline__ void find_work(SharedStorage& shared, Rows rows, const Operands& operands,
+                                          const Params& params, const Grid& grid) {
   Ring<kWorkSlots> ring;
   while (true) {
     Work& work = shared.work[ring.slot];
@@ -92,10 +89,23 @@ extern "C" __global__ void __launch_bounds__(kThreads, 1)
   extern __shared__ __align__(1024) u8 shared_bytes[];
   SharedStorage& shared = *reinterpret_cast<SharedStorage*>(shared_bytes);
   const int loader = warp_index() - kWarps;
+  Rows first;
+  if (loader < 0) {
+    shared.init_ring();
+  } else {
+    if (loader == kLoaders) shared.init_work();
+    if (loader == 0 && elect_lane()) {
+      tma_prefetch(maps.k);
+      tma_prefetch(maps.v);
+    }
+    first = find_rows(blockIdx.x, operands, params, grid);
+  }
+  fence_barrier_init();
+  __syncthreads();
   if (loader == kLoaders) {
-    find_work(shared, operands, params, grid);
+    find_work(shared, first, operands, params, grid);
   } else if (loader >= 0) {
-    Loader(shared, maps, operands, params, loader).run(grid);
+    Loader(shared, maps, operands, params, loader).run(first, grid);
   } else {
     Consumer(shared, operands, params, grid).run();
   }

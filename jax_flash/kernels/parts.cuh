@@ -5,52 +5,68 @@
 
 namespace jax_flash {
 
+// Some columns of a row that follow each other.
+constexpr int kPartColumns = 8;
+struct Columns {
+  float4 low, high;
+};
+
+__device__ __forceinline__ Columns scaled(const Columns& x, float factor) {
+  return {float4{x.low.x * factor, x.low.y * factor, x.low.z * factor, x.low.w * factor},
+          float4{x.high.x * factor, x.high.y * factor, x.high.z * factor, x.high.w * factor}};
+}
+
+__device__ __forceinline__ void add(float4& sum, const float4& x) {
+  sum.x += x.x;
+  sum.y += x.y;
+  sum.z += x.z;
+  sum.w += x.w;
+}
+
 // Of a row over some keys: the largest exponent of 2, the sum of 2^(exponent - largest), and some columns of that sum
 // weighted with values.
 struct Part {
   float largest;
   float sum;
-  float4 out;
+  Columns out;
 };
 
-__device__ __forceinline__ float4 scaled(float4 x, float factor) {
-  return float4{x.x * factor, x.y * factor, x.z * factor, x.w * factor};
-}
+// What no keys make.
+__device__ __forceinline__ Part no_part() { return {-kInfinity, 0.0f, Columns{}}; }
 
 // All parts as one, added in their order. Those without a key have a largest exponent of -inf.
 template <int kCount>
 __device__ __forceinline__ Part join(const Part (&parts)[kCount]) {
-  Part all = parts[0];
+  float largest = parts[0].largest;
 #pragma unroll
-  for (int i = 1; i < kCount; ++i) all.largest = fmaxf(all.largest, parts[i].largest);
-  const float shift = all.largest == -kInfinity ? 0.0f : all.largest;
-  float weight = exp2_approx(parts[0].largest - shift);
-  all.sum = parts[0].sum * weight;
-  all.out = scaled(parts[0].out, weight);
+  for (int i = 1; i < kCount; ++i) largest = fmaxf(largest, parts[i].largest);
+  Part all{largest, 0.0f, Columns{}};
+  const float shift = largest == -kInfinity ? 0.0f : largest;
 #pragma unroll
-  for (int i = 1; i < kCount; ++i) {
-    weight = exp2_approx(parts[i].largest - shift);
+  for (int i = 0; i < kCount; ++i) {
+    const float weight = exp2_approx(parts[i].largest - shift);
+    const Columns weighted = scaled(parts[i].out, weight);
     all.sum += parts[i].sum * weight;
-    all.out.x += parts[i].out.x * weight;
-    all.out.y += parts[i].out.y * weight;
-    all.out.z += parts[i].out.z * weight;
-    all.out.w += parts[i].out.w * weight;
+    add(all.out.low, weighted.low);
+    add(all.out.high, weighted.high);
   }
   return all;
 }
 
 // A sink is a part of one logit that has no value.
 __device__ __forceinline__ Part with_sink(const Part& part, float sink) {
-  return join<2>({part, Part{sink * kLog2E, sink == -kInfinity ? 0.0f : 1.0f, float4{}}});
+  return join<2>({part, Part{sink * kLog2E, sink == -kInfinity ? 0.0f : 1.0f, Columns{}}});
 }
 
-// Four columns of an array, from element `index` on.
+// Columns of an array, from element `index` on.
 template <typename Element>
-__device__ __forceinline__ void store_columns(void* array, i64 index, float4 x) {
+__device__ __forceinline__ void store_columns(void* array, i64 index, const Columns& x) {
   if constexpr (Element::kBytes == 4) {
-    static_cast<float4*>(array)[index / 4] = x;
+    static_cast<Columns*>(array)[index / kPartColumns] = x;
   } else {
-    static_cast<uint2*>(array)[index / 4] = uint2{pack2<Element>(x.x, x.y), pack2<Element>(x.z, x.w)};
+    static_cast<uint4*>(array)[index / kPartColumns] =
+        uint4{pack2<Element>(x.low.x, x.low.y), pack2<Element>(x.low.z, x.low.w), pack2<Element>(x.high.x, x.high.y),
+              pack2<Element>(x.high.z, x.high.w)};
   }
 }
 

@@ -30,7 +30,7 @@ __device__ __forceinline__ void finish_vector(Part part, Vector vector, const Ro
   float lse = finish(part);
   part.out = scaled(part.out, work.v_scale);
   if (!sees) {
-    part.out = float4{};
+    part.out = Columns{};
     lse = used ? sink : -kInfinity;
   }
   store_columns<spec::Out>(operands.out, rows.index(row, params) * params.head_dim_v + column, part.out);
@@ -49,7 +49,7 @@ static_assert(kPartFloats == spec::kPartFloats, "cuda.py makes room for as many"
 constexpr int kPartsAtOnce = 8;
 
 __device__ __forceinline__ void store_part(float* split, Vector vector, const Part& part) {
-  *reinterpret_cast<float4*>(split + vector.number * 4) = part.out;
+  reinterpret_cast<Columns*>(split)[vector.number] = part.out;
   if (vector.column() == 0) {
     float* largest = split + spec::kTileM * spec::kHeadDimV + vector.row() * 2;
     *reinterpret_cast<float2*>(largest) = float2{part.largest, part.sum};
@@ -59,7 +59,8 @@ __device__ __forceinline__ void store_part(float* split, Vector vector, const Pa
 __device__ __forceinline__ Part load_part(const float* split, Vector vector) {
   const float* largest = split + spec::kTileM * spec::kHeadDimV + vector.row() * 2;
   const float2 x = __ldcg(reinterpret_cast<const float2*>(largest));
-  return {x.x, x.y, __ldcg(reinterpret_cast<const float4*>(split + vector.number * 4))};
+  const float4* out = reinterpret_cast<const float4*>(split) + vector.number * 2;
+  return {x.x, x.y, {__ldcg(out), __ldcg(out + 1)}};
 }
 
 // Hands what this CTA made of its keys to the CTA of the cluster that ends a vector.
@@ -68,7 +69,8 @@ __device__ __forceinline__ void send_part(SharedStorage& shared, int sender, Vec
   const int place = chunk / spec::kCluster * kWarpSize + vector.number % kWarpSize;
   const int receiver = chunk % spec::kCluster;
   Received& received = shared.received;
-  cluster_store(&received.out[sender][place], part.out, shared.all_received, receiver);
+  cluster_store(&received.low[sender][place], part.out.low, shared.all_received, receiver);
+  cluster_store(&received.high[sender][place], part.out.high, shared.all_received, receiver);
   cluster_store(&received.largest_and_sum[sender][place], float2{part.largest, part.sum}, shared.all_received,
                 receiver);
 }
@@ -81,7 +83,7 @@ __device__ __forceinline__ void join_warps(SharedStorage& shared, const Rows& ro
 #pragma unroll
     for (int i = 0; i < kKeyWarps; ++i) {
       parts[i] = {shared.largest[i][vector.row()], shared.sum[i][vector.row()],
-                  *reinterpret_cast<const float4*>(&shared.out[i][vector.row()][vector.column()])};
+                  *reinterpret_cast<const Columns*>(&shared.out[i][vector.row()][vector.column()])};
     }
     const Part part = join(parts);
     if constexpr (spec::kPartial) {
@@ -104,7 +106,7 @@ __device__ __forceinline__ void join_cluster(SharedStorage& shared, const Rows& 
   if (own == 0) return;
   const Received& received = shared.received;
   if (threadIdx.x == 0) {
-    shared.all_received.arrive_expect(own * spec::kCluster * static_cast<int>(sizeof(float4) + sizeof(float2)));
+    shared.all_received.arrive_expect(own * spec::kCluster * Received::kVectorBytes);
   }
   shared.all_received.wait(0);
   for (int place = threadIdx.x; place < own; place += kConsumerThreads) {
@@ -112,7 +114,7 @@ __device__ __forceinline__ void join_cluster(SharedStorage& shared, const Rows& 
 #pragma unroll
     for (int cta = 0; cta < spec::kCluster; ++cta) {
       const float2 x = received.largest_and_sum[cta][place];
-      parts[cta] = {x.x, x.y, received.out[cta][place]};
+      parts[cta] = {x.x, x.y, {received.low[cta][place], received.high[cta][place]}};
     }
     const int number = place / kWarpSize * kRound + rank * kWarpSize + place % kWarpSize;
     finish_vector(join(parts), Vector{number}, rows, work, operands, params);
@@ -132,13 +134,13 @@ __device__ __forceinline__ void join_splits(SharedStorage& shared, const Rows& r
   named_sync(kConsumerBarrier, kConsumerThreads);
   if (shared.last == 0) return;
   each_vector(rows, threadIdx.x, kConsumerThreads, [&](Vector vector) {
-    Part all{-kInfinity, 0.0f, float4{}};
+    Part all = no_part();
     for (int split = 0; split < splits; split += kPartsAtOnce) {
       Part parts[kPartsAtOnce];
 #pragma unroll
       for (int i = 0; i < kPartsAtOnce; ++i) {
-        parts[i] = {-kInfinity, 0.0f, float4{}};
-        if (split + i < splits) parts[i] = load_part(first_split + i64{split + i} * kPartFloats, vector);
+        const bool there = split + i < splits;
+        parts[i] = there ? load_part(first_split + i64{split + i} * kPartFloats, vector) : no_part();
       }
       all = join<2>({all, join(parts)});
     }

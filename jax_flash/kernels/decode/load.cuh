@@ -70,16 +70,9 @@ class Loader {
     for (int i = 0; i < warp; ++i) ring_.advance();
   }
 
-  // The first tile of the CTA it finds by itself: nothing is loaded before.
-  __device__ __forceinline__ void run(const Grid& grid) {
-    if (elect_lane()) {
-      tma_prefetch(maps_.k);
-      tma_prefetch(maps_.v);
-    }
-    const Rows first = find_rows(blockIdx.x, operands_, params_, grid);
-    const Share share(first, params_, grid);
-    start();
-    if (first.count > 0) load(first, share);
+  // The first tile of the CTA it knows without being told.
+  __device__ __forceinline__ void run(const Rows& first, const Grid& grid) {
+    if (first.count > 0) load(first, Share(first, params_, grid));
     Ring<kWorkSlots> works;
     for (bool is_first = true;; is_first = false) {
       Work& work = shared_.work[works.slot];

@@ -28,8 +28,6 @@ class Consumer {
   }
 
   __device__ __forceinline__ void run() {
-    shared_.init_ring();
-    start();
     Ring<kWorkSlots> works;
     Ring<spec::kStages> ring;
     for (int i = 0; i < key_warp_; ++i) ring.advance();

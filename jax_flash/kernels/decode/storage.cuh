@@ -7,6 +7,7 @@
 #include "hopper/barrier.cuh"
 #include "hopper/types.cuh"
 #include "hopper/warp.cuh"
+#include "parts.cuh"
 #include "rows.cuh"
 #include "spec.h"
 #include "tile.cuh"
@@ -33,16 +34,8 @@ static_assert(kThreads == spec::kThreads, "decode.py launches as many threads");
 // A warp that waited for a buffer that others use too could take an older phase of its barrier for the one to come.
 static_assert(spec::kStages % kKeyWarps == 0 && spec::kStages % kLoaders == 0, "a buffer is always the same warp's");
 
-// Named barriers; 0 is __syncthreads.
+// A named barrier; 0 is __syncthreads.
 constexpr int kConsumerBarrier = 1;
-constexpr int kStartBarrier = 2;
-
-// Each warp does before what it can without the others.
-__device__ __forceinline__ void start() {
-  fence_barrier_init();
-  __syncwarp();
-  named_sync(kStartBarrier, kThreads);
-}
 
 constexpr int kQStride = spec::kHeadDim * 2 + 16;  // bytes of a row: eight of them lie in different banks
 constexpr int kOutStride = spec::kHeadDimV + 8;    // floats, likewise
@@ -60,12 +53,12 @@ struct Work {
 };
 constexpr int kWorkSlots = 2;
 
-// Four columns of a row of the output, counted through all of a tile's.
-constexpr int kVectors = spec::kHeadDimV / 4;  // of a row
+// kPartColumns columns of a row of the output, counted through all of a tile's.
+constexpr int kVectors = spec::kHeadDimV / kPartColumns;  // of a row
 struct Vector {
   int number;
   __device__ __forceinline__ int row() const { return number / kVectors; }
-  __device__ __forceinline__ int column() const { return number % kVectors * 4; }
+  __device__ __forceinline__ int column() const { return number % kVectors * kPartColumns; }
 };
 
 // What the CTAs of a cluster made of their keys, as far as this one has to join it: of each 32 vectors that follow each
@@ -74,7 +67,9 @@ struct Received {
   static constexpr int kRound = spec::kCluster * kWarpSize;
   static constexpr int kAll = spec::kCluster > 1 ? spec::kTileM * kVectors : kRound;
   static constexpr int kVectorsOfCta = (kAll + kRound - 1) / kRound * kWarpSize;
-  float4 out[spec::kCluster][kVectorsOfCta];
+  static constexpr int kVectorBytes = 2 * sizeof(float4) + sizeof(float2);
+  float4 low[spec::kCluster][kVectorsOfCta];
+  float4 high[spec::kCluster][kVectorsOfCta];
   float2 largest_and_sum[spec::kCluster][kVectorsOfCta];
 };
 
