@@ -35,8 +35,8 @@ SHORT_KEYS = 4096
 LEAST_BOX_KEYS = 8
 """Of a copy of TMA; where pages allow fewer, warps gather keys one by one."""
 
-GATHERING_WARPS = 2
-"""That do so, as kernels/decode/storage.cuh has it."""
+GATHERING_WARPS = {128: 4, 256: 2}
+"""That do so, by head dim up to which: more take registers from those that multiply."""
 
 MAX_CLUSTER = 8
 """CTAs of a cluster that every GPU of compute capability 9.0 takes."""
@@ -46,6 +46,9 @@ MOST_CLUSTERED = 64
 
 CLUSTERED_KEYS = 512
 """Keys of a CTA up to which clusters, which join their results fast, are faster than many more CTAs."""
+
+MOST_RECEIVED = 40 * 1024
+"""Bytes that a CTA may be sent by those of its cluster, for there must be room beside a ring."""
 
 MIN_SPLIT_KEYS = 128
 """Fewer keys than that are not worth a CTA."""
@@ -107,7 +110,7 @@ def decode_spec(
     """
     widens = kv_element == "float8_e4m3fn"
     clusters = 1 < num_splits <= MAX_CLUSTER and tiles * num_splits <= MOST_CLUSTERED
-    clusters &= received_bytes(num_splits, tile_m(rows), heuristics.padded_head_dim(head_dim_v)) <= RING_BYTES[-1]
+    clusters &= received_bytes(num_splits, tile_m(rows), heuristics.padded_head_dim(head_dim_v)) <= MOST_RECEIVED
     fixed: dict[str, Any] = {
         "element": "float16" if widens else element,
         "query": element,
@@ -136,6 +139,8 @@ def _tilings(fixed: dict[str, Any], page_size: int | None, most_n: int) -> Itera
         stages *= max(1, fitting // tile_n)
         box = heuristics.box_keys(page_size, tile_n)
         gathers = box < LEAST_BOX_KEYS
+        dim = max(fixed["head_dim"], fixed["head_dim_v"])
+        loaders = next(warps for most, warps in GATHERING_WARPS.items() if dim <= most) if gathers else 1
         part_floats = fixed["tile_m"] * (fixed["head_dim_v"] + 2)
         tiling = {"tile_n": tile_n, "stages": stages}
         yield DecodeSpec(
@@ -144,7 +149,7 @@ def _tilings(fixed: dict[str, Any], page_size: int | None, most_n: int) -> Itera
             box_keys=box,
             gathers=gathers,
             part_floats=part_floats,
-            threads=32 * (WARPS + (GATHERING_WARPS if gathers else 1) + 1),
+            threads=32 * (WARPS + loaders + 1),
             shared_bytes=shared_bytes(**fixed, **tiling),
         )
 
@@ -163,14 +168,14 @@ def key_bytes(fixed: dict[str, Any]) -> int:
 def received_bytes(cluster: int, tile_m: int, head_dim_v: int) -> int:
     """Of what a CTA of a cluster is sent by all: of each 32 vectors of eight columns, one CTA in turn joins parts."""
     rounds = -(-tile_m * head_dim_v // (8 * 32 * cluster))
-    return cluster * rounds * 32 * 40 if cluster > 1 else 0
+    return cluster * rounds * 32 * 40 if cluster > 1 else 48
 
 
 def shared_bytes(*, head_dim: int, head_dim_v: int, tile_m: int, tile_n: int, stages: int, cluster: int, **more) -> int:
     """Bytes of SharedStorage in kernels/decode/storage.cuh, which checks this number."""
     ring = stages * tile_n * key_bytes({"head_dim": head_dim, "head_dim_v": head_dim_v, **more})
-    ring = max(ring, received_bytes(cluster, tile_m, head_dim_v))
+    received = received_bytes(cluster, tile_m, head_dim_v)
     q = 2 * tile_m * (2 * head_dim + 16)
     parts = 16 * WARPS * (4 * (head_dim_v + 8) + 8)
     work = 2 * -(-(148 + 8 * tile_m) // 16) * 16 + 16 * stages + 16
-    return -(-(ring + q + parts + work) // 1024) * 1024
+    return -(-(ring + received + q + parts + work) // 1024) * 1024

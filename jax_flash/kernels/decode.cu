@@ -102,12 +102,12 @@ extern "C" __global__ void __launch_bounds__(kThreads, 1)
   }
   fence_barrier_init();
   __syncthreads();
-  if (loader == kLoaders) {
-    find_work(shared, first, operands, params, grid);
-  } else if (loader >= 0) {
+  if (loader < 0) {
+    Consumer(shared, operands, params, grid).run();
+  } else if (loader < kLoaders) {
     Loader(shared, maps, operands, params, loader).run(first, grid);
   } else {
-    Consumer(shared, operands, params, grid).run();
+    find_work(shared, first, operands, params, grid);
   }
 }
 

@@ -58,6 +58,12 @@ __device__ __forceinline__ Keys keys_of(int sequence, const Operands& operands, 
   return used_keys(sequence, keys, operands);
 }
 
+// Where some keys that follow each other lie in K and V: in a group or page, from a row on.
+struct KeyPlace {
+  int group;
+  int row;
+};
+
 // The page of a key of a sequence: past the last one, that.
 __device__ __forceinline__ int page_of(int sequence, int key, const Operands& operands, const Params& params) {
   const int page = min(key / params.kv_rows, params.max_pages - 1);

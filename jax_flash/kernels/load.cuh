@@ -12,12 +12,7 @@
 
 namespace jax_flash {
 
-// Where some keys of a tile that follow each other lie in K and V.
-struct KeyPlace {
-  int group;
-  int row;
-};
-
+// Where keys of a tile lie, from `key` on.
 __device__ __forceinline__ KeyPlace place_of(const Tile& tile, int key, const Operands& operands,
                                              const Params& params) {
   if constexpr (spec::kPageTable) {

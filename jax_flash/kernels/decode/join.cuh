@@ -151,9 +151,8 @@ __device__ __forceinline__ void join_splits(SharedStorage& shared, const Rows& r
 // What the consumer warps have stored becomes rows of the output, here or in another CTA.
 __device__ __forceinline__ void join_parts(SharedStorage& shared, const Work& work, const Operands& operands,
                                            const Params& params, const Grid& grid) {
-  if constexpr (spec::kCluster > 1) cluster_arrive();
   named_sync(kConsumerBarrier, kConsumerThreads);
-  if constexpr (spec::kCluster > 1) cluster_wait();
+  if constexpr (spec::kCluster > 1) cluster_wait();  // by now all have begun, and may be sent something
   const Rows rows = work.rows;
   const int splits = grid.splits.value;
   float* first_split = operands.parts + i64{rows.item} * splits * kPartFloats;

@@ -61,6 +61,52 @@ __device__ __forceinline__ void load_q(u8 (&q)[spec::kTileM][kQStride], const Ro
   }
 }
 
+// Where the pieces of kBoxKeys keys that blocks consist of lie. Of a page table every lane looks up one of 32 pieces
+// that follow each other, and the next 32 are on their way.
+class Pieces {
+ public:
+  __device__ __forceinline__ Pieces(const Rows& rows, const Share& share, const Operands& operands,
+                                    const Params& params)
+      : rows_(rows), share_(share), operands_(operands), params_(params) {
+    if constexpr (spec::kPageTable) look_up();
+  }
+
+  // Those of block i of a share, one after another. All lanes take part.
+  __device__ __forceinline__ void locate(int i, KeyPlace (&places)[kPieces]) {
+    if constexpr (spec::kPageTable) {
+      if (i * kPieces >= end_) {
+        page_ = next_page_;
+        row_ = next_row_;
+        end_ += kWarpSize;
+        look_up();
+      }
+      for (int piece = 0; piece < kPieces; ++piece) {
+        const int lane = i * kPieces + piece - (end_ - kWarpSize);
+        places[piece] = {__shfl_sync(kAllLanes, page_, lane), __shfl_sync(kAllLanes, row_, lane)};
+      }
+    } else {
+      static_assert(kPieces == 1 || spec::kPageTable, "a block lies together");
+      places[0] = {rows_.tile.kv_group, rows_.tile.kv_row + share_.block(i) * spec::kTileN};
+    }
+  }
+
+ private:
+  __device__ __forceinline__ void look_up() {
+    const int piece = end_ + lane_index();
+    const int key = share_.block(piece / kPieces) * spec::kTileN + piece % kPieces * spec::kBoxKeys;
+    next_page_ = page_of(rows_.tile.sequence, key, operands_, params_);
+    next_row_ = key % params_.kv_rows;
+  }
+
+  const Rows& rows_;
+  const Share& share_;
+  const Operands& operands_;
+  const Params& params_;
+  int end_ = 0;  // of the pieces of the lanes
+  int page_, row_;
+  int next_page_, next_row_;
+};
+
 // A warp that loads keys and values.
 class Loader {
  public:
@@ -93,39 +139,27 @@ class Loader {
     }
   }
 
-  // By TMA. Every lane has a piece of kBoxKeys keys, of 32 that follow each other, and knows where these lie; the next
-  // ones are on their way.
+  // By TMA. A warp takes some cycles for each instruction here, and is to have filled the ring soon.
   __device__ __forceinline__ void copy(const Rows& rows, const Share& share) {
-    int piece = 0;  // after those of the lanes
-    int page, row;
-    int next_key = key_of(share, lane_index());
-    int next_page = page_of(rows, next_key);
+    Pieces pieces(rows, share, operands_, params_);
 #pragma unroll 1
     for (int i = 0; i < share.count; ++i) {
-      if (i * kPieces >= piece) {
-        page = next_page;
-        row = spec::kPageTable ? next_key % params_.kv_rows : rows.tile.kv_row + next_key;
-        piece += kWarpSize;
-        next_key = key_of(share, piece + lane_index());
-        next_page = page_of(rows, next_key);
-      }
+      KeyPlace places[kPieces];
+      pieces.locate(i, places);
       Barrier& barrier = shared_.full[ring_.slot];
       shared_.empty[ring_.slot].wait(ring_.phase ^ 1);
-      if (elect_lane()) barrier.arrive_expect((kKBoxes + kVBoxes) * kBlockBytes);
-#pragma unroll
-      for (int own = 0; own < kPieces; ++own) {
-        const int lane = i * kPieces + own - (piece - kWarpSize);
-        const int its_page = __shfl_sync(kAllLanes, page, lane);
-        const int its_row = __shfl_sync(kAllLanes, row, lane);
-        if (elect_lane()) {
-          const int offset = own * spec::kBoxKeys * kSwizzleBytes;
+      if (elect_lane()) {
+        barrier.arrive_expect((kKBoxes + kVBoxes) * kBlockBytes);
+        for (int piece = 0; piece < kPieces; ++piece) {
+          const KeyPlace& place = places[piece];
+          const int offset = piece * spec::kBoxKeys * kSwizzleBytes;
           for (int box = 0; box < kKBoxes; ++box) {
-            tma_load(shared_.ring.k[ring_.slot] + box * kBlockBytes + offset, maps_.k, barrier, box * kBoxColumns,
-                     its_row, rows.kv_head, its_page);
+            tma_load(shared_.k[ring_.slot] + box * kBlockBytes + offset, maps_.k, barrier, box * kBoxColumns, place.row,
+                     rows.kv_head, place.group);
           }
           for (int box = 0; box < kVBoxes; ++box) {
-            tma_load(shared_.ring.v[ring_.slot] + box * kBlockBytes + offset, maps_.v, barrier, box * kBoxColumns,
-                     its_row, rows.kv_head, its_page);
+            tma_load(shared_.v[ring_.slot] + box * kBlockBytes + offset, maps_.v, barrier, box * kBoxColumns, place.row,
+                     rows.kv_head, place.group);
           }
         }
       }
@@ -142,8 +176,8 @@ class Loader {
       for (int i = 0; i < kKeysOfLane; ++i) keys[i] = next[i];
       locate(rows, share, block_ + kLoaders, next);
       shared_.empty[ring_.slot].wait(ring_.phase ^ 1);
-      gather_rows<kKBoxes>(shared_.ring.k[ring_.slot], operands_.k, params_.head_dim * kKvBytes, keys);
-      gather_rows<kVBoxes>(shared_.ring.v[ring_.slot], operands_.v, params_.head_dim_v * kKvBytes, keys);
+      gather_rows<kKBoxes>(shared_.k[ring_.slot], operands_.k, params_.head_dim * kKvBytes, keys);
+      gather_rows<kVBoxes>(shared_.v[ring_.slot], operands_.v, params_.head_dim_v * kKvBytes, keys);
       arrive_after_copies(shared_.full[ring_.slot]);
       for (int i = 0; i < kLoaders; ++i) ring_.advance();
     }
@@ -157,7 +191,7 @@ class Loader {
 #pragma unroll
     for (int i = 0; i < kKeysOfLane; ++i) {
       const int key = share.block(block) * spec::kTileN + i * kWarpSize + lane_index();
-      const int row = page_of(rows, key) * params_.kv_rows + key % params_.kv_rows;
+      const int row = page_of(rows.tile.sequence, key, operands_, params_) * params_.kv_rows + key % params_.kv_rows;
       keys[i] = row * params_.kv_heads + rows.kv_head;
     }
   }
@@ -179,17 +213,6 @@ class Loader {
       const u8* from = static_cast<const u8*>(array) + static_cast<i64>(row) * row_bytes + vector * 16;
       copy_async(to, from, vector * 16 < row_bytes);
     }
-  }
-
-  // The first key of a piece.
-  __device__ __forceinline__ static int key_of(const Share& share, int piece) {
-    return share.block(piece / kPieces) * spec::kTileN + piece % kPieces * spec::kBoxKeys;
-  }
-
-  // The page of a key, or the group: past the last one, some other.
-  __device__ __forceinline__ int page_of(const Rows& rows, int key) const {
-    if constexpr (!spec::kPageTable) return rows.tile.kv_group;
-    return jax_flash::page_of(rows.tile.sequence, key, operands_, params_);
   }
 
   SharedStorage& shared_;

@@ -5,6 +5,7 @@
 #include "decode/storage.cuh"
 #include "fragment.cuh"
 #include "hopper/barrier.cuh"
+#include "hopper/cluster.cuh"
 #include "hopper/mma.cuh"
 #include "hopper/types.cuh"
 #include "hopper/warp.cuh"
@@ -28,6 +29,7 @@ class Consumer {
   }
 
   __device__ __forceinline__ void run() {
+    if constexpr (spec::kCluster > 1) cluster_arrive();
     Ring<kWorkSlots> works;
     Ring<spec::kStages> ring;
     for (int i = 0; i < key_warp_; ++i) ring.advance();
@@ -109,7 +111,7 @@ class Consumer {
     float s[spec::kTileN / 2];
 #pragma unroll
     for (int i = 0; i < spec::kTileN / 2; ++i) s[i] = 0.0f;
-    scores(s, q, shared_.ring.k[slot]);
+    scores(s, q, shared_.k[slot]);
 #pragma unroll
     for (int i = 0; i < spec::kTileN / 2; ++i) {
       s[i] *= scale_[i / 2 % 2];
@@ -133,7 +135,7 @@ class Consumer {
     }
     Probabilities<Element, spec::kTileN> p;
     p.pack(s);
-    values<kEdge>(p, shared_.ring.v[slot], first_used_in(rows.tile, block), last_used_in(rows.tile, block));
+    values<kEdge>(p, shared_.v[slot], first_used_in(rows.tile, block), last_used_in(rows.tile, block));
   }
 
   // Where 16 bytes of a row of a tile lie.

@@ -28,9 +28,9 @@ constexpr int kWarpRows = 16;
 constexpr int kRowWarps = spec::kTileM / kWarpRows;
 constexpr int kKeyWarps = kWarps / kRowWarps;
 constexpr int kConsumerThreads = kWarps * kWarpSize;
-constexpr int kLoaders = spec::kGathers ? 2 : 1;  // warps that load keys and values
-constexpr int kThreads = kConsumerThreads + (kLoaders + 1) * kWarpSize;
-static_assert(kThreads == spec::kThreads, "decode.py launches as many threads");
+constexpr int kThreads = spec::kThreads;
+constexpr int kLoaders = kThreads / kWarpSize - kWarps - 1;  // warps that load keys and values; one finds tiles
+static_assert(spec::kGathers || kLoaders == 1, "TMA needs one");
 // A warp that waited for a buffer that others use too could take an older phase of its barrier for the one to come.
 static_assert(spec::kStages % kKeyWarps == 0 && spec::kStages % kLoaders == 0, "a buffer is always the same warp's");
 
@@ -65,24 +65,18 @@ struct Vector {
 // other one CTA, in turn.
 struct Received {
   static constexpr int kRound = spec::kCluster * kWarpSize;
-  static constexpr int kAll = spec::kCluster > 1 ? spec::kTileM * kVectors : kRound;
-  static constexpr int kVectorsOfCta = (kAll + kRound - 1) / kRound * kWarpSize;
+  static constexpr int kRounds = (spec::kTileM * kVectors + kRound - 1) / kRound;
+  static constexpr int kVectorsOfCta = spec::kCluster > 1 ? kRounds * kWarpSize : 1;
   static constexpr int kVectorBytes = 2 * sizeof(float4) + sizeof(float2);
   float4 low[spec::kCluster][kVectorsOfCta];
   float4 high[spec::kCluster][kVectorsOfCta];
   float2 largest_and_sum[spec::kCluster][kVectorsOfCta];
 };
 
-struct Buffers {
+struct alignas(1024) SharedStorage {
   u8 k[spec::kStages][kKBoxes * kBlockBytes];
   u8 v[spec::kStages][kVBoxes * kBlockBytes];
-};
-
-struct alignas(1024) SharedStorage {
-  union {
-    Buffers ring;
-    Received received;  // once no CTA of the cluster has anything left in its buffers
-  };
+  Received received;
   alignas(16) u8 q[kWorkSlots][spec::kTileM][kQStride];
   // What warps made of their keys.
   alignas(16) float out[kKeyWarps][spec::kTileM][kOutStride];
@@ -97,11 +91,13 @@ struct alignas(1024) SharedStorage {
   // Barriers are prepared one after another, whichever lanes of a warp do so: the warps that multiply share those of
   // the ring,
   __device__ __forceinline__ void init_ring() {
+    static_assert(spec::kStages % kWarps == 0, "each has as many");
     const int warp = warp_index();
     if (lane_index() != 0) return;
-    for (int stage = warp; stage < spec::kStages; stage += kWarps) {
-      full[stage].init(spec::kGathers ? kWarpSize : 1);
-      empty[stage].init(kRowWarps);
+#pragma unroll
+    for (int stage = 0; stage < spec::kStages; stage += kWarps) {
+      full[stage + warp].init(spec::kGathers ? kWarpSize : 1);
+      empty[stage + warp].init(kRowWarps);
     }
   }
 
