@@ -8,6 +8,7 @@
 #include "decode/multiply.cuh"
 #include "decode/storage.cuh"
 #include "hopper/barrier.cuh"
+#include "hopper/cluster.cuh"
 #include "hopper/tma.cuh"
 #include "hopper/warp.cuh"
 #include "operands.cuh"
@@ -102,6 +103,7 @@ extern "C" __global__ void __launch_bounds__(kThreads, 1)
   }
   fence_barrier_init();
   __syncthreads();
+  if constexpr (spec::kCluster > 1) cluster_arrive();  // those wait who send something to others
   if (loader < 0) {
     Consumer(shared, operands, params, grid).run();
   } else if (loader < kLoaders) {

@@ -5,7 +5,6 @@
 #include "decode/storage.cuh"
 #include "fragment.cuh"
 #include "hopper/barrier.cuh"
-#include "hopper/cluster.cuh"
 #include "hopper/mma.cuh"
 #include "hopper/types.cuh"
 #include "hopper/warp.cuh"
@@ -29,7 +28,6 @@ class Consumer {
   }
 
   __device__ __forceinline__ void run() {
-    if constexpr (spec::kCluster > 1) cluster_arrive();
     Ring<kWorkSlots> works;
     Ring<spec::kStages> ring;
     for (int i = 0; i < key_warp_; ++i) ring.advance();

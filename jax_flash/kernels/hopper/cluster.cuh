@@ -6,8 +6,8 @@
 
 namespace jax_flash {
 
-// A barrier of all threads of the cluster that have not ended. It orders no memory accesses by generic addresses, which
-// would take as long as one to global memory.
+// A barrier of all threads of the cluster, each of which arrives: a CTA whose warps end instead may be waited for
+// without end. It orders no memory accesses by generic addresses, which would take as long as one to global memory.
 __device__ __forceinline__ void cluster_arrive() {
   __syncwarp();
   asm volatile("barrier.cluster.arrive.relaxed.aligned;" ::: "memory");
