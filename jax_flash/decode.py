@@ -47,9 +47,6 @@ MOST_CLUSTERED = 64
 CLUSTERED_KEYS = 512
 """Keys of a CTA up to which clusters, which join their results fast, are faster than many more CTAs."""
 
-MOST_RECEIVED = 40 * 1024
-"""Bytes that a CTA may be sent by those of its cluster, for there must be room beside a ring."""
-
 MIN_SPLIT_KEYS = 128
 """Fewer keys than that are not worth a CTA."""
 
@@ -109,8 +106,6 @@ def decode_spec(
     `keys` are those that a row sees, at most; `features` are further flags of DecodeSpec.
     """
     widens = kv_element == "float8_e4m3fn"
-    clusters = 1 < num_splits <= MAX_CLUSTER and tiles * num_splits <= MOST_CLUSTERED
-    clusters &= received_bytes(num_splits, tile_m(rows), heuristics.padded_head_dim(head_dim_v)) <= MOST_RECEIVED
     fixed: dict[str, Any] = {
         "element": "float16" if widens else element,
         "query": element,
@@ -120,14 +115,14 @@ def decode_spec(
         "head_dim": heuristics.padded_head_dim(head_dim),
         "head_dim_v": heuristics.padded_head_dim(head_dim_v),
         "tile_m": tile_m(rows),
-        "cluster": num_splits if clusters else 1,
-        "partial": num_splits > 1 and not clusters,
-        "draws": most_tiles * num_splits > multiprocessors and not clusters,
         "key_alignment": 1,
         **features,
     }
+    joins = [{"cluster": 1, "partial": num_splits > 1, "draws": most_tiles * num_splits > multiprocessors}]
+    if 1 < num_splits <= MAX_CLUSTER and tiles * num_splits <= MOST_CLUSTERED:
+        joins.insert(0, {"cluster": num_splits, "partial": False, "draws": False})  # where there is room for it
     most_n = 32 if keys <= SHORT_KEYS * num_splits else 64
-    return next(filter(fits, _tilings(fixed, page_size, most_n)))
+    return next(spec for join in joins for spec in _tilings(fixed | join, page_size, most_n) if fits(spec))
 
 
 def _tilings(fixed: dict[str, Any], page_size: int | None, most_n: int) -> Iterator[DecodeSpec]:

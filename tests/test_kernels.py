@@ -165,6 +165,17 @@ def test_decode_compiles_without_a_spill(spec):
     assert kernel.registers * 32 * -(-spec.threads // 128) * 4 <= 2**16
 
 
+@pytest.mark.parametrize("num_splits", [1, 3, 8])
+@pytest.mark.parametrize("rows", decode.TILES_M)
+def test_decode_counts_its_shared_memory(rows, num_splits):
+    """storage.cuh compares the number, and is compiled without the kernel here."""
+    dims = (*((d, d) for d in heuristics.HEAD_DIMS), (64, 256), (256, 64))
+    for (head_dim, head_dim_v), element, keys in itertools.product(dims, ("bfloat16", "float8_e4m3fn"), (1000, 10**6)):
+        spec = of_decode("bfloat16", element, head_dim, head_dim_v, rows, (), keys=keys, num_splits=num_splits)
+        source, _, _ = codegen.source("decode.cu", spec).partition('extern "C" __global__')
+        jit.compile(source + 'extern "C" __global__ void decode() {}\n}\n')
+
+
 @pytest.mark.parametrize(
     ("query", "new", "cache", "table"),
     [

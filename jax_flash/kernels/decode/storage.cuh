@@ -85,8 +85,8 @@ struct alignas(1024) SharedStorage {
   Barrier full[spec::kStages];
   Barrier empty[spec::kStages];
   Barrier all_received;
-  Work work[kWorkSlots];
   int last;  // whether this CTA is the last one that has worked on its rows
+  Work work[kWorkSlots];
 
   // Barriers are prepared one after another, whichever lanes of a warp do so: the warps that multiply share those of
   // the ring,
