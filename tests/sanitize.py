@@ -58,7 +58,15 @@ CASES = [
 _FP8_CACHE = {"kv_dtype": "float8_e4m3fn", "new_dtype": "bfloat16"}
 CACHE_CASES = [
     CacheCase(id="cache", leftpad=(5, 0, 11), batch_idx=True, num_splits=3),
-    CacheCase(id="cache-few", q_lens=(1, 1, 1), heads=16, head_dim=128, dtype="float16"),
+    CacheCase(
+        id="cache-few",
+        q_lens=(1, 1, 1),
+        k_lens=(300, 560, 40),
+        capacity=560,
+        heads=16,
+        head_dim=128,
+        dtype="float16",
+    ),
     CacheCase(
         id="cache-new",
         page_size=16,
@@ -69,7 +77,7 @@ CACHE_CASES = [
         num_splits=9,
     ),
     CacheCase(id="cache-packed", page_size=1, packed_q=True, packed_new=True, rotary=1.0, q_lens=(1, 9, 4), sinks=True),
-    CacheCase(id="cache-many", page_size=4, q_lens=(64, 64, 64), heads=12, window_size=(30, 0)),
+    CacheCase(id="cache-many", page_size=16, q_lens=(64, 64, 64), heads=12, window_size=(30, 0)),
 ]
 
 
