@@ -96,9 +96,11 @@ def forward(attention: Attention, operands: Operands):
 
 def _copies_pages(operands: Operands) -> bool:
     """Whether TMA brings the keys of whole pages, and values in the units in which they are transposed."""
-    unit = heuristics.V_UNIT if operands.q.dtype.itemsize == 1 else decode.LEAST_BOX_KEYS
-    columns = heuristics.V_UNIT if operands.q.dtype.itemsize == 1 else 16 if operands.k.dtype.itemsize == 1 else 8
-    return operands.k.shape[1] % unit == 0 and all(x.shape[-1] % columns == 0 for x in operands[1:3])
+    if operands.q.dtype.itemsize == 1:
+        keys = columns = heuristics.V_UNIT
+    else:
+        keys, columns = heuristics.LEAST_BOX_KEYS, 16 // operands.k.dtype.itemsize
+    return operands.k.shape[1] % keys == 0 and all(x.shape[-1] % columns == 0 for x in operands[1:3])
 
 
 def forward_prefill(attention: Attention, operands: Operands, specs: list[KernelSpec] | None = None):
@@ -177,12 +179,12 @@ def forward_decode(attention: Attention, operands: Operands):
         multiprocessors=multiprocessors(),
         **_features(attention, operands),
     )
-    items = most_tiles * splits
+    numbers = most_tiles * splits
     counted = spec.draws or spec.partial
     results = [
         *forward_result(attention, params),
         jax.ShapeDtypeStruct((1 + most_tiles if counted else 0,), jnp.int32),
-        jax.ShapeDtypeStruct((items * spec.part_floats if spec.partial else 0,), jnp.float32),
+        jax.ShapeDtypeStruct((numbers * spec.part_floats if spec.partial else 0,), jnp.float32),
     ]
     size = operands.k.dtype.itemsize
     divisors = [Divisor.of(x) for x in (splits, m_blocks, params.kv_heads, group)]
@@ -193,12 +195,12 @@ def forward_decode(attention: Attention, operands: Operands):
         results,
         params=params,
         maps=[tensor_map.rows(i, operands[i].shape, size, spec.box_keys) for i in (1, 2)],
-        grid=min(items, multiprocessors()) if spec.draws else items,
+        grid=min(numbers, multiprocessors()) if spec.draws else numbers,
         threads=spec.threads,
         shared_bytes=spec.shared_bytes,
         cluster=spec.cluster,
         counters=COUNTERS if counted else -1,
-        order=[items, *(number for divisor in divisors for number in divisor)],
+        order=[numbers, *(x for divisor in divisors for x in divisor)],
     )
     return out, lse
 

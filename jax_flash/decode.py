@@ -32,11 +32,9 @@ WARPS = 4
 SHORT_KEYS = 4096
 """Keys of a CTA up to which blocks of 32 do better than of 64: when the last ones have come, less is left to do."""
 
-LEAST_BOX_KEYS = 8
-"""Of a copy of TMA; where pages allow fewer, warps gather keys one by one."""
-
 GATHERING_WARPS = {128: 4, 256: 2}
-"""That do so, by head dim up to which: more take registers from those that multiply."""
+"""That copy keys one by one where pages allow TMA fewer than LEAST_BOX_KEYS, by head dim up to which: more would take
+registers from those that multiply."""
 
 MAX_CLUSTER = 8
 """CTAs of a cluster that every GPU of compute capability 9.0 takes."""
@@ -133,7 +131,7 @@ def _tilings(fixed: dict[str, Any], page_size: int | None, most_n: int) -> Itera
         tile_n = next((n for n in (most_n, 32) if n <= fitting), 16)
         stages *= max(1, fitting // tile_n)
         box = heuristics.box_keys(page_size, tile_n)
-        gathers = box < LEAST_BOX_KEYS
+        gathers = box < heuristics.LEAST_BOX_KEYS
         dim = max(fixed["head_dim"], fixed["head_dim_v"])
         loaders = next(warps for most, warps in GATHERING_WARPS.items() if dim <= most) if gathers else 1
         part_floats = fixed["tile_m"] * (fixed["head_dim_v"] + 2)

@@ -59,6 +59,9 @@ KernelSpec. A call that needs more registers takes what comes nearest. A softcap
 maxima. `python -m benchmarks tune` searches from here on."""
 
 
+LEAST_BOX_KEYS = 8
+"""Of a copy of TMA: rows of fewer would not lie in shared memory as swizzling has them."""
+
 MOST_ROWS = 1.25
 """Where the tiles of a sequence's queries would have more than so many times the rows that tiles of 128 rows have, on
 average, those are faster."""

@@ -87,7 +87,7 @@ class DecodeSpec(ForwardSpec):
     query: str
     """Dtype of q in memory."""
     gathers: bool
-    """Whether two warps copy keys and values one by one instead, as small pages need."""
+    """Whether warps copy keys and values one by one instead of TMA, as small pages need."""
     stages: int
     """Buffers, each for a block of keys and their values."""
     cluster: int

@@ -139,7 +139,8 @@ class Order(NamedTuple):
         if not spec.packed_q:
             pairs = params.batch * params.heads
             m_blocks = -(-params.q_rows // spec.tile_m)
-            fitting = max(1, fitting_rows // max(1, params.kv_rows))
+            keys = params.kv_rows * max(1, params.max_pages)
+            fitting = max(1, fitting_rows // max(1, keys))
             parts = (unequal if spec.window_right else equal)(pairs, m_blocks, ctas, fitting)
         long_rows = LONG_TILES * spec.tile_m
         if max_seqlen_q is not None and max_seqlen_q <= long_rows:

@@ -37,6 +37,7 @@ def of_grid(
     keys: int | None = None,
     kv_element: str | None = None,
     heads_of_kv: int = 1,
+    page_size: int | None = None,
 ) -> list[KernelSpec]:
     """The kernels of a combination, the best first; there are as many keys as queries unless given."""
     keys = queries if keys is None else keys
@@ -53,8 +54,8 @@ def of_grid(
         mean_keys=keys,
         kv_rows=keys,
         heads_of_kv=heads_of_kv,
-        page_size=None,
-        page_table=False,
+        page_size=page_size,
+        page_table=page_size is not None,
         cache_batch_idx=False,
         **{name: name in features for name in FEATURES},
     )
@@ -84,6 +85,21 @@ def kernels():
         for element in elements:
             specs = of_grid(element, head_dim, head_dim, window, features, 100, 10000, kv_element="float8_e4m3fn")
             asked.append((f"{element}-over-fp8-d{head_dim}", specs))
+    # Over pages, which the kernel widens or transposes whatever there are.
+    paged = ("seqused_k", "cache_leftpad", "packed_q", "sinks", "lse")
+    for (head_dim, element, kv_element), (window, features) in zip(
+        (
+            (64, *elements),
+            (96, *elements[:1] * 2),
+            (128, *elements[1:] * 2),
+            (256, *elements),
+            (128, *elements[:1] * 2),
+        ),
+        itertools.cycle((("causal", ("seqused_k",)), ("causal-left", paged))),
+        strict=False,
+    ):
+        specs = of_grid(element, head_dim, head_dim, window, features, 500, 8000, kv_element, 4, page_size=96)
+        asked.append((f"{element}-over-pages-of-{kv_element}-d{head_dim}-{window}", specs))
     # Where warps that transpose also clear.
     for head_dim, window, features in ((128, "causal", ("softcap", "seqused_k")), (256, "full", ("seqused_k",))):
         specs = of_grid("float8_e4m3fn", head_dim, head_dim, window, features, 500)

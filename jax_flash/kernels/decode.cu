@@ -1,9 +1,10 @@
 // Attention of few queries on compute capability 9.0, bound by reading keys and values once. A tile has at most kTileM
 // rows of Q, of all query heads that share a key/value head, and a share of the keys that they see. A CTA of each SM
 // walks over tiles: one warp finds them and fetches Q, one loads keys and values by TMA into a ring of small buffers,
-// without a break between tiles, the others multiply, 16 rows to a warp; where there are fewer rows than that takes,
-// each warp has its own keys. What they made of these is joined in shared memory; over CTAs that share the keys of a
-// row, by the CTAs of a cluster from each other's, or by the last one of them from global memory.
+// without a break between tiles (of small pages some warps do, key by key), the others multiply, 16 rows to a warp;
+// where there are fewer rows than that takes, each warp has its own keys. What they made of these is joined in shared
+// memory; where CTAs share the keys of a row, by CTAs of a cluster, which send it to each other, or by the last one of
+// them from global memory.
 #include "decode/load.cuh"
 #include "decode/multiply.cuh"
 #include "decode/storage.cuh"
@@ -20,9 +21,9 @@ namespace jax_flash {
 
 // The next tile of a CTA, if there are more than CTAs.
 __device__ __forceinline__ Rows draw(const Operands& operands, const Params& params, const Grid& grid) {
-  int item = grid.items;
-  if (spec::kDraws && lane_index() == 0) item = gridDim.x + atomicAdd(operands.counters, 1);
-  return find_rows(uniform(item), operands, params, grid);
+  int number = grid.numbers;
+  if (spec::kDraws && lane_index() == 0) number = gridDim.x + atomicAdd(operands.counters, 1);
+  return find_rows(uniform(number), operands, params, grid);
 }
 
 // What belongs to the rows of a tile besides Q, by one warp: fetched before it waits for Q.
@@ -90,7 +91,7 @@ extern "C" __global__ void __launch_bounds__(kThreads, 1)
   extern __shared__ __align__(1024) u8 shared_bytes[];
   SharedStorage& shared = *reinterpret_cast<SharedStorage*>(shared_bytes);
   const int loader = warp_index() - kWarps;
-  Rows first;
+  Rows first{};
   if (loader < 0) {
     shared.init_ring();
   } else {

@@ -18,7 +18,7 @@ __device__ __forceinline__ KeyPlace place_of(const Tile& tile, int key, const Op
   if constexpr (spec::kPageTable) {
     return {page_of(tile.sequence, key, operands, params), key % params.kv_rows};
   } else {
-    return {tile.kv_group, tile.kv_row + key};
+    return {tile.keys.group, tile.keys.row + key};
   }
 }
 
@@ -33,6 +33,7 @@ __device__ __forceinline__ void load_rows(const TensorMap& map, Barrier& barrier
   constexpr int kRowBytes = spec::kWidens ? kSwizzleBytes / 2 : kSwizzleBytes;
   constexpr int kBlockBytes = spec::kTileN * kRowBytes;
   constexpr int kBytes = kColumnBlocks * kBlockBytes;
+  static_assert(spec::kTileN % spec::kBoxKeys == 0, "whole copies");
   u8* destination = buffer + (spec::kWidens ? kBytes : 0);
   for (int key = 0; key < spec::kTileN; key += spec::kBoxKeys) {
     const KeyPlace place = place_of(work.tile, first_key_of(work.tile, block) + key, operands, params);
@@ -127,10 +128,11 @@ class ValueLoader {
         tma_load(shared_.v[slot] + key * spec::kHeadDimV, maps_.v, barrier, 0, place.row, first_unit, place.group);
       }
     } else if constexpr (kFp8) {
-      const int row = work.tile.kv_row + first_key;
+      static_assert(!kFp8 || spec::kTransposes || !spec::kPageTable, "what comes transposed lies in no pages");
+      const int row = work.tile.keys.row + first_key;
       for (int key = 0; key < spec::kTileN; key += spec::kVBoxKeys) {
         tma_load(shared_.v[slot] + key * spec::kHeadDimV, maps_.v, barrier, row + key, 0, work.kv_head,
-                 work.tile.kv_group);
+                 work.tile.keys.group);
       }
     } else {
       load_rows<kVBlocks>(maps_.v, barrier, shared_.v[slot], work, block, operands_, params_);

@@ -15,7 +15,7 @@ namespace jax_flash {
 
 // How the grid is counted, as cuda.py chose it: by tile of a sequence, or of all packed ones, head and split.
 struct Grid {
-  int items;
+  int numbers;  // that stand for these
   Divisor splits;
   Divisor m_blocks;  // tiles of a sequence, where Q is dense
   Divisor kv_heads;
@@ -28,7 +28,7 @@ struct Rows {
   int kv_head;
   int first;  // of the rows of the sequence
   int count;
-  int item;  // number of these rows and their head
+  int item;  // number of these rows and their head, without the split
   int split;
   Divisor group;
 
@@ -77,12 +77,11 @@ __device__ __forceinline__ bool find_packed(int index, Rows& rows, const Operand
   return false;
 }
 
-// The rows of a number; none from grid.items on, or from some smaller number. All lanes take part.
+// The rows of a number; none from grid.numbers on, or from some smaller number. All lanes take part.
 __device__ __forceinline__ Rows find_rows(int number, const Operands& operands, const Params& params,
                                           const Grid& grid) {
-  Rows rows;
-  rows.count = 0;
-  if (number >= grid.items) return rows;
+  Rows rows{};
+  if (number >= grid.numbers) return rows;
   const int item = rows.item = grid.splits.quotient(number);
   rows.split = number - item * grid.splits.value;
   rows.group = grid.group;
@@ -108,11 +107,7 @@ __device__ __forceinline__ Rows find_rows(int number, const Operands& operands, 
   if (spec::kSequsedQ && tile.sequence >= 0) {
     tile.q_len = clamp(__ldg(operands.seqused_q + tile.sequence), 0, tile.q_len);
   }
-  const Keys keys = keys_of(tile.sequence, operands, params);
-  tile.kv_group = keys.group;
-  tile.kv_row = keys.row;
-  tile.kv_len = keys.len;
-  tile.kv_first = keys.first;
+  tile.keys = keys_of(tile.sequence, operands, params);
   return rows;
 }
 

@@ -159,10 +159,7 @@ __device__ __forceinline__ void find_keys(Tile& tile, const Operands& operands, 
   __syncwarp();
   if (lane_index() == 0) {
     if (spec::kSequsedQ && sequence >= 0) tile.q_len = clamp(__ldg(operands.seqused_q + sequence), 0, tile.q_len);
-    tile.kv_group = keys.group;
-    tile.kv_row = keys.row;
-    tile.kv_len = keys.len;
-    tile.kv_first = keys.first;
+    tile.keys = keys;
   }
   __syncwarp();
 }

@@ -2,6 +2,7 @@
 #pragma once
 
 #include "hopper/warp.cuh"
+#include "keys.cuh"
 #include "params.h"
 #include "spec.h"
 
@@ -16,10 +17,7 @@ struct Tile {
   int rows;      // and how many of them are this tile's to write
   int q_index;   // position of the first row in its sequence
   int q_len;     // used rows of the sequence
-  int kv_group;  // where its keys lie: group,
-  int kv_row;    // first row in it,
-  int kv_len;    // how many of them are used,
-  int kv_first;  // and the first of these that counts
+  Keys keys;
 };
 
 // The keys that some rows see, as blocks of kTileN; the first begins `lead` rows above the sequence.
@@ -33,20 +31,20 @@ struct alignas(16) Blocks {
 // Keys that row `q_index` of the sequence sees: [first, last). Rows past q_len get some range too: what they give is
 // never stored, so blocks that every used row sees whole need no mask.
 __device__ __forceinline__ int first_key(const Tile& tile, const Params& params, int q_index) {
-  const int first = spec::kCacheLeftpad ? tile.kv_first : 0;
+  const int first = spec::kCacheLeftpad ? tile.keys.first : 0;
   if constexpr (!spec::kWindowLeft) return first;
-  return max(first, q_index + tile.kv_len - tile.q_len - params.window_left);
+  return max(first, q_index + tile.keys.len - tile.q_len - params.window_left);
 }
 
 __device__ __forceinline__ int last_key(const Tile& tile, const Params& params, int q_index) {
-  if constexpr (!spec::kWindowRight) return tile.kv_len;
-  return min(tile.kv_len, q_index + tile.kv_len - tile.q_len + params.window_right + 1);
+  if constexpr (!spec::kWindowRight) return tile.keys.len;
+  return min(tile.keys.len, q_index + tile.keys.len - tile.q_len + params.window_right + 1);
 }
 
 // Rows before the sequence's first key with which blocks begin; they are masked. Transposed FP8 values keep 16 keys in
 // the order of P's registers, so their blocks begin at multiples of 16 rows.
 __device__ __forceinline__ int lead(const Tile& tile) {
-  return spec::kKeyAlignment > 1 ? tile.kv_row % spec::kKeyAlignment : 0;
+  return spec::kKeyAlignment > 1 ? tile.keys.row % spec::kKeyAlignment : 0;
 }
 
 // Where the sequence's first key lies, in rows from the beginning of a block.
@@ -54,10 +52,10 @@ __device__ __forceinline__ int first_key_in(const Tile& tile, int block) { retur
 
 // The keys that count, likewise: [first, last).
 __device__ __forceinline__ int first_used_in(const Tile& tile, int block) {
-  return first_key_in(tile, block) + (spec::kCacheLeftpad ? tile.kv_first : 0);
+  return first_key_in(tile, block) + (spec::kCacheLeftpad ? tile.keys.first : 0);
 }
 __device__ __forceinline__ int last_used_in(const Tile& tile, int block) {
-  return first_key_in(tile, block) + tile.kv_len;
+  return first_key_in(tile, block) + tile.keys.len;
 }
 
 // Whether a block of a tile has rows around those.

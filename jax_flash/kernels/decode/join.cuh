@@ -96,7 +96,9 @@ __device__ __forceinline__ void join_warps(SharedStorage& shared, const Rows& ro
   });
 }
 
-// Joins what the CTAs of a cluster made of theirs, of the vectors that this one ends.
+// Joins what the CTAs of a cluster made of theirs, of the vectors that this one ends: once, for a CTA has one tile
+// then, and the split that it has is its rank.
+static_assert(spec::kCluster == 1 || (!spec::kDraws && !spec::kPartial), "one way to join");
 __device__ __forceinline__ void join_cluster(SharedStorage& shared, const Rows& rows, const Work& work,
                                              const Operands& operands, const Params& params) {
   constexpr int kRound = Received::kRound;
@@ -108,7 +110,7 @@ __device__ __forceinline__ void join_cluster(SharedStorage& shared, const Rows& 
   if (threadIdx.x == 0) {
     shared.all_received.arrive_expect(own * spec::kCluster * Received::kVectorBytes);
   }
-  shared.all_received.wait(0);
+  shared.all_received.wait_for_cluster(0);
   for (int place = threadIdx.x; place < own; place += kConsumerThreads) {
     Part parts[spec::kCluster];
 #pragma unroll

@@ -1,4 +1,4 @@
-// Load: fetches Q of a tile, and its keys and values by TMA.
+// Load: fetches Q of a tile, and its keys and values by TMA or, from small pages, one by one.
 #pragma once
 
 #include "decode/storage.cuh"
@@ -26,15 +26,16 @@ __device__ __forceinline__ void store_q(u8* row, int word, u32 value) {
 __device__ __forceinline__ void load_q(u8 (&q)[spec::kTileM][kQStride], const Rows& rows, const Operands& operands,
                                        const Params& params) {
   constexpr int kColumns = 16 / spec::Query::kBytes;  // of a vector
-  constexpr int kVectors = spec::kHeadDim / kColumns;
-  constexpr int kAtOnce = 8;
+  constexpr int kVectorsOfRow = spec::kHeadDim / kColumns;
+  constexpr int kVectorsOfLane = (spec::kTileM * kVectorsOfRow + kWarpSize - 1) / kWarpSize;
+  constexpr int kAtOnce = kVectorsOfLane < 8 ? kVectorsOfLane : 8;
 #pragma unroll 1
-  for (int first = lane_index(); first < spec::kTileM * kVectors; first += kAtOnce * kWarpSize) {
+  for (int first = lane_index(); first < spec::kTileM * kVectorsOfRow; first += kAtOnce * kWarpSize) {
     uint4 vectors[kAtOnce];
 #pragma unroll
     for (int i = 0; i < kAtOnce; ++i) {
-      const int row = min((first + i * kWarpSize) / kVectors, rows.count - 1);
-      const int column = (first + i * kWarpSize) % kVectors * kColumns;
+      const int row = min((first + i * kWarpSize) / kVectorsOfRow, rows.count - 1);
+      const int column = (first + i * kWarpSize) % kVectorsOfRow * kColumns;
       const u8* from = static_cast<const u8*>(operands.q);
       from +=
           (rows.index(row, params) * params.head_dim + min(column, params.head_dim - kColumns)) * spec::Query::kBytes;
@@ -42,8 +43,8 @@ __device__ __forceinline__ void load_q(u8 (&q)[spec::kTileM][kQStride], const Ro
     }
 #pragma unroll
     for (int i = 0; i < kAtOnce; ++i) {
-      const int row = (first + i * kWarpSize) / kVectors;
-      const int column = (first + i * kWarpSize) % kVectors * kColumns;
+      const int row = (first + i * kWarpSize) / kVectorsOfRow;
+      const int column = (first + i * kWarpSize) % kVectorsOfRow * kColumns;
       if (row >= spec::kTileM) break;
       const bool there = column < params.head_dim;
       const u32 words[4] = {vectors[i].x, vectors[i].y, vectors[i].z, vectors[i].w};
@@ -86,7 +87,7 @@ class Pieces {
       }
     } else {
       static_assert(kPieces == 1 || spec::kPageTable, "a block lies together");
-      places[0] = {rows_.tile.kv_group, rows_.tile.kv_row + share_.block(i) * spec::kTileN};
+      places[0] = {rows_.tile.keys.group, rows_.tile.keys.row + share_.block(i) * spec::kTileN};
     }
   }
 
@@ -170,11 +171,11 @@ class Loader {
   // Key by key, where pages are small: every kLoaders-th block, of whose keys a lane has some, and knows the next ones.
   __device__ __forceinline__ void gather(const Rows& rows, const Share& share) {
     int keys[kKeysOfLane], next[kKeysOfLane];
-    locate(rows, share, block_, next);
+    look_up(rows, share, block_, next);
     for (; block_ < share.count; block_ += kLoaders) {
 #pragma unroll
       for (int i = 0; i < kKeysOfLane; ++i) keys[i] = next[i];
-      locate(rows, share, block_ + kLoaders, next);
+      look_up(rows, share, block_ + kLoaders, next);
       shared_.empty[ring_.slot].wait(ring_.phase ^ 1);
       gather_rows<kKBoxes>(shared_.k[ring_.slot], operands_.k, params_.head_dim * kKvBytes, keys);
       gather_rows<kVBoxes>(shared_.v[ring_.slot], operands_.v, params_.head_dim_v * kKvBytes, keys);
@@ -187,7 +188,7 @@ class Loader {
   static constexpr int kKeysOfLane = (spec::kTileN + kWarpSize - 1) / kWarpSize;
 
   // Where the lane's keys of a block lie, in rows of one head.
-  __device__ __forceinline__ void locate(const Rows& rows, const Share& share, int block, int (&keys)[kKeysOfLane]) {
+  __device__ __forceinline__ void look_up(const Rows& rows, const Share& share, int block, int (&keys)[kKeysOfLane]) {
 #pragma unroll
     for (int i = 0; i < kKeysOfLane; ++i) {
       const int key = share.block(block) * spec::kTileN + i * kWarpSize + lane_index();
@@ -199,11 +200,11 @@ class Loader {
   template <int kBoxes>
   __device__ __forceinline__ void gather_rows(u8* buffer, const void* array, int row_bytes,
                                               const int (&keys)[kKeysOfLane]) {
-    constexpr int kVectors = kBoxes * kSwizzleBytes / 16;
+    constexpr int kVectorsOfRow = kBoxes * kSwizzleBytes / 16;
 #pragma unroll 8
-    for (int first = 0; first < spec::kTileN * kVectors; first += kWarpSize) {
-      const int key = (first + lane_index()) / kVectors;
-      const int vector = (first + lane_index()) % kVectors;
+    for (int first = 0; first < spec::kTileN * kVectorsOfRow; first += kWarpSize) {
+      const int key = (first + lane_index()) / kVectorsOfRow;
+      const int vector = (first + lane_index()) % kVectorsOfRow;
       int row = __shfl_sync(kAllLanes, keys[0], key % kWarpSize);
       if constexpr (kKeysOfLane > 1) {
         const int other = __shfl_sync(kAllLanes, keys[kKeysOfLane - 1], key % kWarpSize);

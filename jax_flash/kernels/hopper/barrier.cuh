@@ -33,7 +33,7 @@ struct Barrier {
         : "memory");
   }
 
-  // One arrival that also announces the bytes that TMA will write before the phase ends.
+  // One arrival that also announces the bytes that TMA, or CTAs of the cluster, will write before the phase ends.
   __device__ __forceinline__ void arrive_expect(int bytes) {
     asm volatile("mbarrier.arrive.expect_tx.shared::cta.b64 _, [%0], %1;" ::"r"(shared_address(this)), "r"(bytes)
                  : "memory");
@@ -46,6 +46,21 @@ struct Barrier {
         ".reg .pred done;\n"
         "again:\n"
         "mbarrier.try_wait.parity.shared::cta.b64 done, [%0], %1;\n"
+        "@done bra over;\n"
+        "bra again;\n"
+        "over:\n"
+        "}" ::"r"(shared_address(this)),
+        "r"(parity)
+        : "memory");
+  }
+
+  // The same, where CTAs of the cluster write.
+  __device__ __forceinline__ void wait_for_cluster(u32 parity) {
+    asm volatile(
+        "{\n"
+        ".reg .pred done;\n"
+        "again:\n"
+        "mbarrier.try_wait.parity.acquire.cluster.shared::cta.b64 done, [%0], %1;\n"
         "@done bra over;\n"
         "bra again;\n"
         "over:\n"
@@ -76,7 +91,7 @@ struct Barrier {
   }
 };
 
-// Makes initialised mbarriers visible to TMA; __syncthreads must follow.
+// Makes initialised mbarriers visible to TMA and the cluster; a barrier among the threads must follow.
 __device__ __forceinline__ void fence_barrier_init() {
   asm volatile("fence.mbarrier_init.release.cluster;" ::: "memory");
 }
