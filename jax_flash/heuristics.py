@@ -58,10 +58,6 @@ TUNED: dict[tuple[int, int, bool], dict[str, int | bool]] = {
 KernelSpec. A call that needs more registers takes what comes nearest. A softcap is a polynomial only after integer
 maxima. `python -m benchmarks tune` searches from here on."""
 
-
-LEAST_BOX_KEYS = 8
-"""Of a copy of TMA: rows of fewer would not lie in shared memory as swizzling has them."""
-
 MOST_ROWS = 1.25
 """Where the tiles of a sequence's queries would have more than so many times the rows that tiles of 128 rows have, on
 average, those are faster."""
@@ -100,6 +96,9 @@ V_ROWS = 16
 
 V_UNIT = 32
 """Keys and columns that the kernel transposes at a time."""
+
+LEAST_BOX_KEYS = 8
+"""Of a copy of TMA: rows of fewer would not lie in shared memory as swizzling has them."""
 
 TRANSPOSING = {(d, softcap): {"v_stages": 3} for d in HEAD_DIMS for softcap in (False, True)} | {
     (128, False): {"v_stages": 3, "overlap": 4}

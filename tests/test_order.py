@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import itertools
 import pathlib
 import random
@@ -96,6 +97,13 @@ def test_every_tile_once(head_dim, length, batch, heads, causal, ctas):
     tiles = list(itertools.chain(*tiles_of_ctas(spec, params, ctas)))
     m_blocks = -(-length // spec.tile_m)
     assert sorted(tiles) == list(itertools.product(range(batch * heads), range(m_blocks)))
+
+
+@pytest.mark.parametrize("causal", [False, True])
+def test_pages_do_not_change_the_order(causal):
+    spec, params = call(128, 8192, 4, 16, causal)
+    paged = dataclasses.replace(params, kv_rows=16, kv_groups=4 * 512 + 3, max_pages=512)
+    assert order.Order.of(spec, paged, 132) == order.Order.of(spec, params, 132)
 
 
 @pytest.mark.parametrize(("max_seqlen_q", "searched"), [(None, True), (512, False), (513, True)])
