@@ -36,8 +36,9 @@ KERNEL_FILES = (
     ("prepare.cuh", "load.cuh", "mask.cuh", "schedule.cuh", "softmax.cuh", "total.cuh", "decode/storage.cuh"),
     ("softcap.cuh", "storage.cuh", "rows.cuh"),
     ("fragment.cuh", "parts.cuh", "segments.cuh"),
+    ("tile.cuh",),
     ("keys.cuh",),
-    ("operands.cuh", "order.cuh", "tile.cuh"),
+    ("operands.cuh", "order.cuh"),
     ("params.h", "spec.h", "wgmma.h"),
 )
 
