@@ -55,7 +55,6 @@ CASES = [
 ]
 
 
-_FP8_CACHE = {"kv_dtype": "float8_e4m3fn", "new_dtype": "bfloat16"}
 CACHE_CASES = [
     CacheCase(id="cache", leftpad=(5, 0, 11), batch_idx=True, num_splits=3),
     CacheCase(

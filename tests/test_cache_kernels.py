@@ -136,6 +136,3 @@ def test_copies_of_a_block_come_together(page_size):
 @pytest.mark.parametrize(("page_size", "box"), [(1, 1), (4, 4), (16, 16), (48, 16), (64, 64), (256, 64), (7, 1)])
 def test_copies_stay_in_a_page(page_size, box):
     assert heuristics.box_keys(page_size, 64) == box
-
-
-# Of an instruction of compute capability 9.0: the last 12 bits of the first of its 16 bytes.

@@ -117,6 +117,7 @@ def kernels():
     return [pytest.param(specs, id=name) for name, specs in distinct.values()]
 
 
+# Of an instruction of compute capability 9.0: the last 12 bits of the first of its 16 bytes.
 WGMMA = {0x9F0, 0xDF0, 0x9F3, 0xDF3}  # of 16-bit elements and of FP8
 LANE_TO_UNIFORM_REGISTER = 0x2CA
 

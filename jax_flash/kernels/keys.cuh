@@ -58,17 +58,4 @@ __device__ __forceinline__ Keys keys_of(int sequence, const Operands& operands, 
   return used_keys(sequence, keys, operands);
 }
 
-// Where some keys that follow each other lie in K and V: in a group or page, from a row on.
-struct KeyPlace {
-  int group;
-  int row;
-};
-
-// The page of a key of a sequence: past the last one, that.
-__device__ __forceinline__ int page_of(int sequence, int key, const Operands& operands, const Params& params) {
-  const int page = min(key / params.kv_rows, params.max_pages - 1);
-  const int* table = operands.page_table + static_cast<i64>(max(sequence, 0)) * params.max_pages;
-  return clamp(__ldg(table + page), 0, params.kv_groups - 1);
-}
-
 }  // namespace jax_flash

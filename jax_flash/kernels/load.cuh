@@ -3,7 +3,6 @@
 
 #include "hopper/barrier.cuh"
 #include "hopper/tma.cuh"
-#include "keys.cuh"
 #include "operands.cuh"
 #include "params.h"
 #include "spec.h"
@@ -11,16 +10,6 @@
 #include "tile.cuh"
 
 namespace jax_flash {
-
-// Where keys of a tile lie, from `key` on.
-__device__ __forceinline__ KeyPlace place_of(const Tile& tile, int key, const Operands& operands,
-                                             const Params& params) {
-  if constexpr (spec::kPageTable) {
-    return {page_of(tile.sequence, key, operands, params), key % params.kv_rows};
-  } else {
-    return {tile.keys.group, tile.keys.row + key};
-  }
-}
 
 // The first key of a block, which lies before that of the tile if the block has a lead.
 __device__ __forceinline__ int first_key_of(const Tile& tile, int block) { return -first_key_in(tile, block); }

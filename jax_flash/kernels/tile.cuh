@@ -3,6 +3,7 @@
 
 #include "hopper/warp.cuh"
 #include "keys.cuh"
+#include "operands.cuh"
 #include "params.h"
 #include "spec.h"
 
@@ -19,6 +20,24 @@ struct Tile {
   int q_len;     // used rows of the sequence
   Keys keys;
 };
+
+// Where some keys that follow each other lie in K and V: in a group or page, from a row on.
+struct KeyPlace {
+  int group;
+  int row;
+};
+
+// Of those of a tile, from `key` on: past the last page of a table, somewhere in that.
+__device__ __forceinline__ KeyPlace place_of(const Tile& tile, int key, const Operands& operands,
+                                             const Params& params) {
+  if constexpr (spec::kPageTable) {
+    const int page = min(key / params.kv_rows, params.max_pages - 1);
+    const int* table = operands.page_table + static_cast<i64>(max(tile.sequence, 0)) * params.max_pages;
+    return {clamp(__ldg(table + page), 0, params.kv_groups - 1), key % params.kv_rows};
+  } else {
+    return {tile.keys.group, tile.keys.row + key};
+  }
+}
 
 // The keys that some rows see, as blocks of kTileN; the first begins `lead` rows above the sequence.
 struct alignas(16) Blocks {

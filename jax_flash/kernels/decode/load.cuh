@@ -7,11 +7,11 @@
 #include "hopper/tma.cuh"
 #include "hopper/types.cuh"
 #include "hopper/warp.cuh"
-#include "keys.cuh"
 #include "operands.cuh"
 #include "params.h"
 #include "rows.cuh"
 #include "spec.h"
+#include "tile.cuh"
 
 namespace jax_flash {
 
@@ -76,18 +76,17 @@ class Pieces {
   __device__ __forceinline__ void locate(int i, KeyPlace (&places)[kPieces]) {
     if constexpr (spec::kPageTable) {
       if (i * kPieces >= end_) {
-        page_ = next_page_;
-        row_ = next_row_;
+        own_ = next_;
         end_ += kWarpSize;
         look_up();
       }
       for (int piece = 0; piece < kPieces; ++piece) {
         const int lane = i * kPieces + piece - (end_ - kWarpSize);
-        places[piece] = {__shfl_sync(kAllLanes, page_, lane), __shfl_sync(kAllLanes, row_, lane)};
+        places[piece] = {__shfl_sync(kAllLanes, own_.group, lane), __shfl_sync(kAllLanes, own_.row, lane)};
       }
     } else {
       static_assert(kPieces == 1 || spec::kPageTable, "a block lies together");
-      places[0] = {rows_.tile.keys.group, rows_.tile.keys.row + share_.block(i) * spec::kTileN};
+      places[0] = place_of(rows_.tile, share_.block(i) * spec::kTileN, operands_, params_);
     }
   }
 
@@ -95,8 +94,7 @@ class Pieces {
   __device__ __forceinline__ void look_up() {
     const int piece = end_ + lane_index();
     const int key = share_.block(piece / kPieces) * spec::kTileN + piece % kPieces * spec::kBoxKeys;
-    next_page_ = page_of(rows_.tile.sequence, key, operands_, params_);
-    next_row_ = key % params_.kv_rows;
+    next_ = place_of(rows_.tile, key, operands_, params_);
   }
 
   const Rows& rows_;
@@ -104,8 +102,7 @@ class Pieces {
   const Operands& operands_;
   const Params& params_;
   int end_ = 0;  // of the pieces of the lanes
-  int page_, row_;
-  int next_page_, next_row_;
+  KeyPlace own_, next_;
 };
 
 // A warp that loads keys and values.
@@ -192,8 +189,8 @@ class Loader {
 #pragma unroll
     for (int i = 0; i < kKeysOfLane; ++i) {
       const int key = share.block(block) * spec::kTileN + i * kWarpSize + lane_index();
-      const int row = page_of(rows.tile.sequence, key, operands_, params_) * params_.kv_rows + key % params_.kv_rows;
-      keys[i] = row * params_.kv_heads + rows.kv_head;
+      const KeyPlace place = place_of(rows.tile, key, operands_, params_);
+      keys[i] = (place.group * params_.kv_rows + place.row) * params_.kv_heads + rows.kv_head;
     }
   }
 

@@ -9,6 +9,21 @@ __device__ __forceinline__ u32 shared_address(const void* pointer) {
   return static_cast<u32>(__cvta_generic_to_shared(pointer));
 }
 
+// Waits for a phase of a barrier, and acquires what was written before it ended: by the CTA unless named.
+#define JAX_FLASH_WAIT(acquire, parity)    \
+  asm volatile(                            \
+      "{\n"                                \
+      ".reg .pred done;\n"                 \
+      "again:\n"                           \
+      "mbarrier.try_wait.parity" acquire   \
+      ".shared::cta.b64 done, [%0], %1;\n" \
+      "@done bra over;\n"                  \
+      "bra again;\n"                       \
+      "over:\n"                            \
+      "}" ::"r"(shared_address(this)),     \
+      "r"(parity)                          \
+      : "memory")
+
 struct Barrier {
   u64 state;
 
@@ -40,34 +55,10 @@ struct Barrier {
   }
 
   // Waits until the phase of that parity has ended; a new barrier has already ended a phase of parity 1.
-  __device__ __forceinline__ void wait(u32 parity) {
-    asm volatile(
-        "{\n"
-        ".reg .pred done;\n"
-        "again:\n"
-        "mbarrier.try_wait.parity.shared::cta.b64 done, [%0], %1;\n"
-        "@done bra over;\n"
-        "bra again;\n"
-        "over:\n"
-        "}" ::"r"(shared_address(this)),
-        "r"(parity)
-        : "memory");
-  }
+  __device__ __forceinline__ void wait(u32 parity) { JAX_FLASH_WAIT("", parity); }
 
   // The same, where CTAs of the cluster write.
-  __device__ __forceinline__ void wait_for_cluster(u32 parity) {
-    asm volatile(
-        "{\n"
-        ".reg .pred done;\n"
-        "again:\n"
-        "mbarrier.try_wait.parity.acquire.cluster.shared::cta.b64 done, [%0], %1;\n"
-        "@done bra over;\n"
-        "bra again;\n"
-        "over:\n"
-        "}" ::"r"(shared_address(this)),
-        "r"(parity)
-        : "memory");
-  }
+  __device__ __forceinline__ void wait_for_cluster(u32 parity) { JAX_FLASH_WAIT(".acquire.cluster", parity); }
 
   // Waits for that, but some microseconds at most.
   __device__ __forceinline__ void wait_briefly(u32 parity) {
@@ -90,6 +81,8 @@ struct Barrier {
     return ended != 0;
   }
 };
+
+#undef JAX_FLASH_WAIT
 
 // Makes initialised mbarriers visible to TMA and the cluster; a barrier among the threads must follow.
 __device__ __forceinline__ void fence_barrier_init() {
