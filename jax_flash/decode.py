@@ -17,7 +17,7 @@ MOST_ROWS = 96
 LEAST_KEYS = 4
 """For each query, from which on it is: with fewer, keys and values are not what takes time."""
 
-TILES_M = (16, 32, 64)
+TILES_M = (8, 16, 32, 64)
 """Rows of a CTA."""
 
 RING_BYTES = (128 * 1024, 64 * 1024)
@@ -126,7 +126,7 @@ def decode_spec(
 def _tilings(fixed: dict[str, Any], page_size: int | None, most_n: int) -> Iterator[DecodeSpec]:
     """The best first, with blocks of at most `most_n` keys. Every warp that has keys of its own has its own buffers."""
     for ring_bytes in RING_BYTES:
-        stages = max(4, BUFFERS * 16 * WARPS // fixed["tile_m"])
+        stages = max(WARPS, BUFFERS * key_warps(fixed["tile_m"]))
         fitting = ring_bytes // stages // key_bytes(fixed)
         tile_n = next((n for n in (most_n, 32) if n <= fitting), 16)
         stages *= max(1, fitting // tile_n)
@@ -152,6 +152,11 @@ def fits(spec: DecodeSpec) -> bool:
     return spec.shared_bytes <= heuristics.SHARED_LIMIT
 
 
+def key_warps(tile_m: int) -> int:
+    """Warps that have keys of their own; others share them, for each has 16 rows at most."""
+    return WARPS // max(1, tile_m // 16)
+
+
 def key_bytes(fixed: dict[str, Any]) -> int:
     """Of a key and its value in shared memory."""
     size = 1 if fixed["widens"] else 2
@@ -169,6 +174,6 @@ def shared_bytes(*, head_dim: int, head_dim_v: int, tile_m: int, tile_n: int, st
     ring = stages * tile_n * key_bytes({"head_dim": head_dim, "head_dim_v": head_dim_v, **more})
     received = received_bytes(cluster, tile_m, head_dim_v)
     q = 2 * tile_m * (2 * head_dim + 16)
-    parts = 16 * WARPS * (4 * (head_dim_v + 8) + 8)
-    work = 2 * -(-(148 + 8 * tile_m) // 16) * 16 + 16 * stages + 16
+    parts = key_warps(tile_m) * tile_m * (4 * (head_dim_v + 4) + 8)
+    work = 2 * -(-(152 + 32 * tile_m) // 16) * 16 + 16 * stages + 16
     return -(-(ring + received + q + parts + work) // 1024) * 1024

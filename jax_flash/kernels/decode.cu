@@ -19,23 +19,33 @@
 
 namespace jax_flash {
 
-// The next tile of a CTA, if there are more than CTAs.
+// The next tile of a CTA, where there are more than CTAs.
 __device__ __forceinline__ Rows draw(const Operands& operands, const Params& params, const Grid& grid) {
-  int number = grid.numbers;
-  if (spec::kDraws && lane_index() == 0) number = gridDim.x + atomicAdd(operands.counters, 1);
+  int number = 0;
+  if (lane_index() == 0) number = gridDim.x + atomicAdd(operands.counters, 1);
   return find_rows(uniform(number), operands, params, grid);
 }
 
-// What belongs to the rows of a tile besides Q, by one warp: fetched before it waits for Q.
-class Scales {
+// The rows of a tile, by one warp: fetched before it waits for Q.
+class KnownRows {
  public:
-  __device__ __forceinline__ Scales(const Rows& rows, const Operands& operands, const Params& params) {
-    const int sequence = max(rows.tile.sequence, 0);
+  __device__ __forceinline__ KnownRows(const Rows& rows, const Operands& operands, const Params& params) {
+    const Tile& tile = rows.tile;
+    const int sequence = max(tile.sequence, 0);
 #pragma unroll
     for (int i = 0; i < kRowsOfLane; ++i) {
-      const int head = rows.head(min(row(i), rows.count - 1));
-      scale_[i] = __ldg(operands.scale + sequence * params.scale_batch_stride + head * params.scale_head_stride);
-      if constexpr (spec::kSinks) sink_[i] = __ldg(operands.sinks + sequence * params.sinks_batch_stride + head);
+      const int row = min(number(i), rows.count - 1);
+      const int query = rows.query(row);
+      const int head = rows.head(row);
+      const bool used = query < tile.q_len;
+      Row& own = own_[i];
+      own.scale = __ldg(operands.scale + sequence * params.scale_batch_stride + head * params.scale_head_stride);
+      own.sink = -kInfinity;
+      if (spec::kSinks && used) own.sink = __ldg(operands.sinks + sequence * params.sinks_batch_stride + head);
+      own.index = rows.index(row, params);
+      own.lse_index = rows.lse_index(row, params);
+      own.first_key = used ? first_key(tile, params, query) : 0;
+      own.last_key = used ? last_key(tile, params, query) : 0;
     }
     v_scale_ =
         __ldg(operands.v_scale + sequence * params.v_scale_batch_stride + rows.kv_head * params.v_scale_head_stride);
@@ -44,9 +54,7 @@ class Scales {
   __device__ __forceinline__ void store(Work& work) const {
 #pragma unroll
     for (int i = 0; i < kRowsOfLane; ++i) {
-      if (row(i) >= spec::kTileM) continue;
-      work.scale[row(i)] = scale_[i];
-      if constexpr (spec::kSinks) work.sink[row(i)] = sink_[i];
+      if (number(i) < spec::kTileM) work.row[number(i)] = own_[i];
     }
     if (lane_index() == 0) work.v_scale = v_scale_;
   }
@@ -54,10 +62,9 @@ class Scales {
  private:
   static constexpr int kRowsOfLane = (spec::kTileM + kWarpSize - 1) / kWarpSize;
 
-  __device__ __forceinline__ static int row(int i) { return i * kWarpSize + lane_index(); }
+  __device__ __forceinline__ static int number(int i) { return i * kWarpSize + lane_index(); }
 
-  float scale_[kRowsOfLane];
-  float sink_[kRowsOfLane];
+  Row own_[kRowsOfLane];
   float v_scale_;
 };
 
@@ -74,12 +81,12 @@ __device__ __forceinline__ void find_work(SharedStorage& shared, Rows rows, cons
       work.located.arrive();
     }
     if (rows.count > 0) {
-      const Scales scales(rows, operands, params);
+      const KnownRows known(rows, operands, params);
       load_q(shared.q[ring.slot], rows, operands, params);
-      scales.store(work);
+      known.store(work);
     }
     work.full.arrive();
-    if (rows.count == 0) return;
+    if (!spec::kDraws || rows.count == 0) return;
     rows = draw(operands, params, grid);
     ring.advance();
   }

@@ -16,31 +16,26 @@
 namespace jax_flash {
 
 // The end of a row, by whoever has all of its parts.
-__device__ __forceinline__ void finish_vector(Part part, Vector vector, const Rows& rows, const Work& work,
-                                              const Operands& operands, const Params& params) {
-  const int row = vector.row();
+__device__ __forceinline__ void finish_vector(Part part, Vector vector, const Work& work, const Operands& operands,
+                                              const Params& params) {
   const int column = vector.column();
   if (column >= params.head_dim_v) return;
-  const Tile& tile = rows.tile;
-  const int query = rows.query(row);
-  const bool used = query < tile.q_len;
-  const bool sees = used && first_key(tile, params, query) < last_key(tile, params, query);
-  const float sink = spec::kSinks ? work.sink[row] : -kInfinity;
-  if constexpr (spec::kSinks) part = with_sink(part, sink);
+  const Row& row = work.row[vector.row()];
+  if constexpr (spec::kSinks) part = with_sink(part, row.sink);
   float lse = finish(part);
   part.out = scaled(part.out, work.v_scale);
-  if (!sees) {
+  if (row.first_key >= row.last_key) {
     part.out = Columns{};
-    lse = used ? sink : -kInfinity;
+    lse = row.sink;
   }
-  store_columns<spec::Out>(operands.out, rows.index(row, params) * params.head_dim_v + column, part.out);
-  if (spec::kLse && column == 0) operands.lse[rows.lse_index(row, params)] = lse;
+  store_columns<spec::Out>(operands.out, row.index * params.head_dim_v + column, part.out);
+  if (spec::kLse && column == 0) operands.lse[row.lse_index] = lse;
 }
 
-// Calls `use` with those vectors of a tile that are this thread's of `threads`.
+// Calls `use` with those vectors of a tile that are this thread's of those that multiply.
 template <typename Use>
-__device__ __forceinline__ void each_vector(const Rows& rows, int thread, int threads, Use use) {
-  for (int number = thread; number < rows.count * kVectors; number += threads) use(Vector{number});
+__device__ __forceinline__ void each_vector(const Rows& rows, Use use) {
+  for (int number = threadIdx.x; number < rows.count * kVectors; number += kConsumerThreads) use(Vector{number});
 }
 
 // What a split made of its keys, in global memory: sums of values, then of each row the largest exponent and the sum.
@@ -78,7 +73,7 @@ __device__ __forceinline__ void send_part(SharedStorage& shared, int sender, Vec
 // Joins what the consumer warps made of their keys. Ends the rows, if no other CTA has keys of them.
 __device__ __forceinline__ void join_warps(SharedStorage& shared, const Rows& rows, const Work& work,
                                            const Operands& operands, const Params& params, float* split) {
-  each_vector(rows, threadIdx.x, kConsumerThreads, [&](Vector vector) {
+  each_vector(rows, [&](Vector vector) {
     Part parts[kKeyWarps];
 #pragma unroll
     for (int i = 0; i < kKeyWarps; ++i) {
@@ -91,7 +86,7 @@ __device__ __forceinline__ void join_warps(SharedStorage& shared, const Rows& ro
     } else if constexpr (spec::kCluster > 1) {
       send_part(shared, rows.split, vector, part);
     } else {
-      finish_vector(part, vector, rows, work, operands, params);
+      finish_vector(part, vector, work, operands, params);
     }
   });
 }
@@ -119,7 +114,7 @@ __device__ __forceinline__ void join_cluster(SharedStorage& shared, const Rows& 
       parts[cta] = {x.x, x.y, {received.low[cta][place], received.high[cta][place]}};
     }
     const int number = place / kWarpSize * kRound + rank * kWarpSize + place % kWarpSize;
-    finish_vector(join(parts), Vector{number}, rows, work, operands, params);
+    finish_vector(join(parts), Vector{number}, work, operands, params);
   }
 }
 
@@ -135,7 +130,7 @@ __device__ __forceinline__ void join_splits(SharedStorage& shared, const Rows& r
   }
   named_sync(kConsumerBarrier, kConsumerThreads);
   if (shared.last == 0) return;
-  each_vector(rows, threadIdx.x, kConsumerThreads, [&](Vector vector) {
+  each_vector(rows, [&](Vector vector) {
     Part all = no_part();
     for (int split = 0; split < splits; split += kPartsAtOnce) {
       Part parts[kPartsAtOnce];
@@ -146,22 +141,21 @@ __device__ __forceinline__ void join_splits(SharedStorage& shared, const Rows& r
       }
       all = join<2>({all, join(parts)});
     }
-    finish_vector(all, vector, rows, work, operands, params);
+    finish_vector(all, vector, work, operands, params);
   });
 }
 
 // What the consumer warps have stored becomes rows of the output, here or in another CTA.
 __device__ __forceinline__ void join_parts(SharedStorage& shared, const Work& work, const Operands& operands,
                                            const Params& params, const Grid& grid) {
+  const Rows rows = work.rows;
   named_sync(kConsumerBarrier, kConsumerThreads);
   if constexpr (spec::kCluster > 1) cluster_wait();  // by now all have begun, and may be sent something
-  const Rows rows = work.rows;
   const int splits = grid.splits.value;
   float* first_split = operands.parts + i64{rows.item} * splits * kPartFloats;
   join_warps(shared, rows, work, operands, params, first_split + i64{rows.split} * kPartFloats);
   if constexpr (spec::kPartial) join_splits(shared, rows, work, operands, params, first_split, splits);
   if constexpr (spec::kCluster > 1) join_cluster(shared, rows, work, operands, params);
-  named_sync(kConsumerBarrier, kConsumerThreads);
 }
 
 }  // namespace jax_flash

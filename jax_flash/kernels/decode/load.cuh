@@ -123,6 +123,7 @@ class Loader {
       work.located.wait(works.phase);
       if (work.rows.count == 0) return;
       if (!is_first) load(work.rows, work.share);
+      if constexpr (!spec::kDraws) return;
       work.empty.arrive();
       works.advance();
     }

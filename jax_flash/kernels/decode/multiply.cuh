@@ -1,14 +1,16 @@
-// Multiply: 16 rows of Q of each tile against its blocks of keys, by one warp.
+// Multiply: some rows of Q of each tile against its blocks of keys, by one warp.
+//
+// Keys, and then columns of the output, are rows of the products, 16 at a time, and rows of Q their columns, eight at a
+// time: for one query there are seldom more than eight heads that share keys. Number 2r + e of a product is of its row
+// lane / 4 + 8r and its column 2 * (lane % 4) + e.
 #pragma once
 
 #include "decode/join.cuh"
 #include "decode/storage.cuh"
-#include "fragment.cuh"
 #include "hopper/barrier.cuh"
 #include "hopper/mma.cuh"
 #include "hopper/types.cuh"
 #include "hopper/warp.cuh"
-#include "mask.cuh"
 #include "operands.cuh"
 #include "params.h"
 #include "rows.cuh"
@@ -17,7 +19,7 @@
 
 namespace jax_flash {
 
-// One warp of those that multiply: 16 rows of a tile, and every kKeyWarps-th block of keys.
+// One warp of those that multiply: kWarpRows rows of a tile, and every kKeyWarps-th block of keys.
 class Consumer {
  public:
   __device__ __forceinline__ Consumer(SharedStorage& shared, const Operands& operands, const Params& params,
@@ -37,22 +39,25 @@ class Consumer {
       work.full.wait(works.phase);
       if (work.rows.count == 0) return;
       begin(work);
+      const Share share = work.share;
       const int part = i;  // by the order of keys, whichever warp has which
-      for (; i < work.share.count; i += kKeyWarps) {
-        const int block = work.share.block(i);
+      for (; i < share.count; i += kKeyWarps) {
+        const int block = share.block(i);
         shared_.full[ring.slot].wait(ring.phase);
-        if (block >= work.share.blocks.full_begin && block < work.share.blocks.full_end) {
-          multiply<false>(work.rows, shared_.q[works.slot], ring.slot, block);
+        if (block >= share.blocks.full_begin && block < share.blocks.full_end) {
+          multiply<false>(work, shared_.q[works.slot], ring.slot, block);
         } else {
-          multiply<true>(work.rows, shared_.q[works.slot], ring.slot, block);
+          multiply<true>(work, shared_.q[works.slot], ring.slot, block);
         }
         __syncwarp();
         shared_.empty[ring.slot].arrive_if(lane_index() == 0);
         for (int j = 0; j < kKeyWarps; ++j) ring.advance();
       }
-      i -= work.share.count;
-      store(work.rows, part);
+      i -= share.count;
+      store(part);
       join_parts(shared_, work, operands_, params_, grid_);
+      if constexpr (!spec::kDraws) return;
+      named_sync(kConsumerBarrier, kConsumerThreads);
       work.empty.arrive();
       works.advance();
     }
@@ -61,79 +66,72 @@ class Consumer {
  private:
   using Element = spec::Element;
 
+  static constexpr int kEights = kWarpRows / 8;          // rows of Q of this warp, by eight
+  static constexpr int kKeySixteens = spec::kTileN / 16;     // keys of a block, by sixteen,
+  static constexpr int kOutSixteens = spec::kHeadDimV / 16;  // and columns of the output
+
+  using Scores = float[kEights][kKeySixteens][4];
+  using OfRows = float[kEights][2];  // something of each row of Q that a thread has scores of
+
+  // The rows of Q that a thread has scores of, and its place among the lanes that share these.
+  __device__ __forceinline__ int row(int eight, int e) const {
+    return first_row_ + 8 * eight + lane_index() % 4 * 2 + e;
+  }
+
   __device__ __forceinline__ void begin(const Work& work) {
 #pragma unroll
-    for (int r = 0; r < kRowsPerThread; ++r) {
-      const int row = min(first_row_ + lane_index() / 4 + 8 * r, work.rows.count - 1);
-      scale_[r] = work.scale[row] * (spec::kSoftcap ? 2.0f * kLog2E / params_.softcap : kLog2E);
-      query_[r] = work.rows.query(row);
-      largest_[r] = -kInfinity;
-      sum_[r] = 0.0f;
-    }
+    for (int n = 0; n < kEights; ++n) {
 #pragma unroll
-    for (int i = 0; i < spec::kHeadDimV / 2; ++i) o_[i] = 0.0f;
+      for (int e = 0; e < 2; ++e) {
+        scale_[n][e] = work.row[row(n, e)].scale * (spec::kSoftcap ? 2.0f * kLog2E / params_.softcap : kLog2E);
+        largest_[n][e] = -kInfinity;
+        sum_[n][e] = 0.0f;
+      }
+#pragma unroll
+      for (int j = 0; j < kOutSixteens; ++j) {
+#pragma unroll
+        for (int i = 0; i < 4; ++i) o_[n][j][i] = 0.0f;
+      }
+    }
   }
 
   // Leaves what came of it for join_parts.
-  __device__ __forceinline__ void store(const Rows& rows, int part) {
+  __device__ __forceinline__ void store(int part) {
 #pragma unroll
-    for (int r = 0; r < kRowsPerThread; ++r) {
-      const int row = first_row_ + lane_index() / 4 + 8 * r;
-      const float sum = quad_sum(sum_[r]);
-      if (row >= rows.count) continue;
-      if (lane_index() % 4 == 0) {
-        shared_.largest[part][row] = largest_[r];
-        shared_.sum[part][row] = sum;
-      }
-      float* out = shared_.out[part][row];
-      if constexpr (spec::kWidens) {
+    for (int n = 0; n < kEights; ++n) {
 #pragma unroll
-        for (int j = 0; j < spec::kHeadDimV / 16; ++j) {
-          const float* d = o_ + 8 * j + 2 * r;
-          *reinterpret_cast<float4*>(out + 16 * j + lane_index() % 4 * 4) = float4{d[0], d[4], d[1], d[5]};
+      for (int e = 0; e < 2; ++e) {
+        sum_[n][e] = column_sum(sum_[n][e]);
+        if (lane_index() < 4) {
+          shared_.largest[part][row(n, e)] = largest_[n][e];
+          shared_.sum[part][row(n, e)] = sum_[n][e];
         }
-      } else {
+        float* out = shared_.out[part][row(n, e)];
 #pragma unroll
-        for (int j = 0; j < spec::kHeadDimV / 8; ++j) {
-          const float* d = o_ + 4 * j + 2 * r;
-          *reinterpret_cast<float2*>(out + fragment_column(j)) = float2{d[0], d[1]};
+        for (int j = 0; j < kOutSixteens; ++j) {
+          const float x = o_[n][j][e];
+          const float y = o_[n][j][2 + e];
+          if constexpr (spec::kWidens) {
+            *reinterpret_cast<float2*>(out + 16 * j + lane_index() / 4 * 2) = float2{x, y};
+          } else {
+            out[16 * j + lane_index() / 4] = x;
+            out[16 * j + lane_index() / 4 + 8] = y;
+          }
         }
       }
     }
   }
 
-  // A tile; at an edge some of its keys are not seen, and some of its rows may hold anything.
+  // A block of keys; at an edge some of its keys are not seen, and some of its rows may hold anything.
   template <bool kEdge>
-  __device__ __forceinline__ void multiply(const Rows& rows, const u8 (&q)[spec::kTileM][kQStride], int slot,
+  __device__ __forceinline__ void multiply(const Work& work, const u8 (&q)[spec::kTileM][kQStride], int slot,
                                            int block) {
-    float s[spec::kTileN / 2];
-#pragma unroll
-    for (int i = 0; i < spec::kTileN / 2; ++i) s[i] = 0.0f;
+    Scores s;
     scores(s, q, shared_.k[slot]);
-#pragma unroll
-    for (int i = 0; i < spec::kTileN / 2; ++i) {
-      s[i] *= scale_[i / 2 % 2];
-      if constexpr (spec::kSoftcap) {
-        s[i] = params_.softcap * kLog2E * (1.0f - 2.0f * reciprocal_approx(1.0f + exp2_approx(s[i])));
-      }
-    }
-    const int first_key = block * spec::kTileN;
-    if constexpr (kEdge) {
-#pragma unroll
-      for (int r = 0; r < kRowsPerThread; ++r) {
-        mask_row<spec::kTileN>(s, r, jax_flash::first_key(rows.tile, params_, query_[r]) - first_key,
-                               last_key(rows.tile, params_, query_[r]) - first_key);
-      }
-    }
-    float rescale[kRowsPerThread];
-    exponentiate(s, rescale);
-    if (!__all_sync(kAllLanes, rescale[0] == 1.0f && rescale[1] == 1.0f)) {
-#pragma unroll
-      for (int i = 0; i < spec::kHeadDimV / 2; ++i) o_[i] *= rescale[i / 2 % 2];
-    }
-    Probabilities<Element, spec::kTileN> p;
-    p.pack(s);
-    values<kEdge>(p, shared_.v[slot], first_used_in(rows.tile, block), last_used_in(rows.tile, block));
+    if constexpr (kEdge) mask(s, work, block * spec::kTileN);
+    exponentiate(s);
+    const Tile& tile = work.rows.tile;
+    values<kEdge>(s, shared_.v[slot], first_used_in(tile, block), last_used_in(tile, block));
   }
 
   // Where 16 bytes of a row of a tile lie.
@@ -141,67 +139,135 @@ class Consumer {
     return tile + vector / 8 * kBlockBytes + row * kSwizzleBytes + (vector % 8 ^ row % 8) * 16;
   }
 
-  // s += Q K^T
-  __device__ __forceinline__ void scores(float (&s)[spec::kTileN / 2], const u8 (&q)[spec::kTileM][kQStride],
-                                         const u8* k) const {
+  // The exponents of 2 that K Q^T makes. Two sums, of every other 16 columns, halve the chain of products.
+  __device__ __forceinline__ void scores(Scores& s, const u8 (&q)[spec::kTileM][kQStride], const u8* k) const {
     const int lane = lane_index();
-    const u8* row = q[first_row_ + lane % 16] + lane / 16 * 16;
-    constexpr int kSteps = spec::kWidens ? 2 : 1;  // that 32 bytes of a row of K make
+    Scores even{}, odd{};
 #pragma unroll
-    for (int i = 0; i < spec::kHeadDim / 16; i += kSteps) {
-      u32 a[kSteps][4];
+    for (int column = 0; column < spec::kHeadDim; column += 32) {
+      u32 b[kEights][4];
 #pragma unroll
-      for (int step = 0; step < kSteps; ++step) load_matrices(a[step], row + (i + step) * 32);
+      for (int n = 0; n < kEights; ++n) {
+        load_matrices(b[n], q[first_row_ + 8 * n + lane % 8] + (column / 8 + lane / 8) * 16);
+      }
 #pragma unroll
-      for (int key = 0; key < spec::kTileN; key += 16) {
-        u32 b[4];
-        load_matrices(b, vector_of(k, key + lane / 16 * 8 + lane % 8, 2 * i / kSteps + lane / 8 % 2));
+      for (int i = 0; i < kKeySixteens; ++i) {
+        u32 a[2][4];
+        if constexpr (spec::kWidens) {
+          u32 x[4];
+          load_matrices(x, vector_of(k, 16 * i + lane % 16, column / 16 + lane / 16));
 #pragma unroll
-        for (int half = 0; half < 2; ++half) {
-          float* d = s + (key / 8 + half) * 4;
-          if constexpr (spec::kWidens) {
+          for (int j = 0; j < 4; ++j) {
+            a[j / 2][j % 2] = widen2(x[j]);
+            a[j / 2][2 + j % 2] = widen2(x[j] >> 16);
+          }
+        } else {
+          load_matrices(a[0], vector_of(k, 16 * i + lane % 16, column / 8 + lane / 16));
+          load_matrices(a[1], vector_of(k, 16 * i + lane % 16, column / 8 + 2 + lane / 16));
+        }
 #pragma unroll
-            for (int step = 0; step < 2; ++step) {
-              const u32 word = b[2 * half + step];
-              mma<Element>(d, a[step], widen2(word), widen2(word >> 16));
-            }
-          } else {
-            mma<Element>(d, a[0], b[2 * half], b[2 * half + 1]);
+        for (int n = 0; n < kEights; ++n) {
+          mma<Element>(even[n][i], a[0], b[n][0], b[n][1]);
+          mma<Element>(odd[n][i], a[1], b[n][2], b[n][3]);
+        }
+      }
+    }
+#pragma unroll
+    for (int n = 0; n < kEights; ++n) {
+#pragma unroll
+      for (int i = 0; i < kKeySixteens; ++i) {
+#pragma unroll
+        for (int j = 0; j < 4; ++j) {
+          float& x = s[n][i][j];
+          x = (even[n][i][j] + odd[n][i][j]) * scale_[n][j % 2];
+          if constexpr (spec::kSoftcap) {
+            x = params_.softcap * kLog2E * (1.0f - 2.0f * reciprocal_approx(1.0f + exp2_approx(x)));
           }
         }
       }
     }
   }
 
-  // Turns exponents of 2 into powers, relative to a maximum that may lag behind by a factor of 2^8.
-  __device__ __forceinline__ void exponentiate(float (&s)[spec::kTileN / 2], float (&rescale)[kRowsPerThread]) {
+  // Scores of keys that a row does not see become -inf.
+  __device__ __forceinline__ void mask(Scores& s, const Work& work, int first) const {
+    const int own = first + lane_index() / 4;
 #pragma unroll
-    for (int r = 0; r < kRowsPerThread; ++r) {
-      float largest = s[2 * r];
+    for (int n = 0; n < kEights; ++n) {
 #pragma unroll
-      for (int i = 2 * r; i < spec::kTileN / 2; i += 4) largest = fmaxf(fmaxf(largest, s[i]), s[i + 1]);
-      largest = quad_max(largest);
-      const bool grown = largest - largest_[r] > 8.0f;
-      rescale[r] = grown ? exp2_approx(largest_[r] - largest) : 1.0f;
-      largest_[r] = grown ? largest : largest_[r];
-      const float shift = largest_[r] == -kInfinity ? 0.0f : largest_[r];
-      sum_[r] *= rescale[r];
+      for (int e = 0; e < 2; ++e) {
+        const Row& seeing = work.row[row(n, e)];
 #pragma unroll
-      for (int i = 2 * r; i < spec::kTileN / 2; i += 4) {
-        s[i] = exp2_approx(s[i] - shift);
-        s[i + 1] = exp2_approx(s[i + 1] - shift);
-        sum_[r] += s[i] + s[i + 1];
+        for (int key = 0; key < spec::kTileN; key += 8) {
+          if (own + key < seeing.first_key || own + key >= seeing.last_key) s[n][key / 16][key / 8 % 2 * 2 + e] = -kInfinity;
+        }
       }
     }
   }
 
-  // O += P V, of the keys of the tile from `first` to `last`; others may hold anything.
+  // Turns exponents of 2 into powers, relative to a maximum that may lag behind by a factor of 2^8.
+  __device__ __forceinline__ void exponentiate(Scores& s) {
+    OfRows largest;
+    bool grown = false;
+#pragma unroll
+    for (int n = 0; n < kEights; ++n) {
+#pragma unroll
+      for (int e = 0; e < 2; ++e) {
+        largest[n][e] = s[n][0][e];
+#pragma unroll
+        for (int i = 0; i < kKeySixteens; ++i) {
+          largest[n][e] = fmaxf(fmaxf(largest[n][e], s[n][i][e]), s[n][i][2 + e]);
+        }
+        grown = grown || largest[n][e] - largest_[n][e] > kLag;
+      }
+    }
+    if (__any_sync(kAllLanes, grown)) grow(largest);
+#pragma unroll
+    for (int n = 0; n < kEights; ++n) {
+#pragma unroll
+      for (int e = 0; e < 2; ++e) {
+        const float shift = largest_[n][e] == -kInfinity ? 0.0f : largest_[n][e];
+#pragma unroll
+        for (int i = 0; i < kKeySixteens; ++i) {
+          s[n][i][e] = exp2_approx(s[n][i][e] - shift);
+          s[n][i][2 + e] = exp2_approx(s[n][i][2 + e] - shift);
+          sum_[n][e] += s[n][i][e] + s[n][i][2 + e];
+        }
+      }
+    }
+  }
+
+  // Takes the largest of a block, of those that a thread has, for the maximum of the rows where it is far behind.
+  __device__ __forceinline__ void grow(const OfRows& largest) {
+#pragma unroll
+    for (int n = 0; n < kEights; ++n) {
+#pragma unroll
+      for (int e = 0; e < 2; ++e) {
+        const float x = column_max(largest[n][e]);
+        const bool grown = x - largest_[n][e] > kLag;
+        const float rescale = grown ? exp2_approx(largest_[n][e] - x) : 1.0f;
+        largest_[n][e] = grown ? x : largest_[n][e];
+        sum_[n][e] *= rescale;
+#pragma unroll
+        for (int j = 0; j < kOutSixteens; ++j) {
+          o_[n][j][e] *= rescale;
+          o_[n][j][2 + e] *= rescale;
+        }
+      }
+    }
+  }
+
+  // O^T += V^T P^T, of the keys of the block from `first` to `last`; others may hold anything.
   template <bool kEdge>
-  __device__ __forceinline__ void values(const Probabilities<Element, spec::kTileN>& p, const u8* v, int first,
-                                         int last) {
+  __device__ __forceinline__ void values(const Scores& s, const u8* v, int first, int last) {
     const int lane = lane_index();
 #pragma unroll
-    for (int i = 0; i < spec::kTileN / 16; ++i) {
+    for (int i = 0; i < kKeySixteens; ++i) {
+      u32 p[kEights][2];
+#pragma unroll
+      for (int n = 0; n < kEights; ++n) {
+#pragma unroll
+        for (int r = 0; r < 2; ++r) p[n][r] = transposed(pack2<Element>(s[n][i][2 * r], s[n][i][2 * r + 1]));
+      }
       u32 used[2] = {~0u, ~0u};
       if constexpr (kEdge) {
 #pragma unroll
@@ -210,28 +276,34 @@ class Consumer {
           used[half] = (key >= first && key < last ? 0xffffu : 0) | (key + 1 >= first && key + 1 < last ? ~0xffffu : 0);
         }
       }
+      constexpr int kVectorSixteens = spec::kWidens ? 2 : 1;  // that two vectors of 16 bytes of each key make
 #pragma unroll
-      for (int j = 0; j < spec::kHeadDimV * kKvBytes / 16; j += 2) {
-        u32 b[4];
-        load_matrices_transposed(b, vector_of(v, 16 * i + lane % 16, j + lane / 16));
+      for (int j = 0; j < kOutSixteens; j += kVectorSixteens) {
+        u32 x[4];  // two vectors of the first eight keys, and of the others
+        load_matrices_transposed(
+            x, vector_of(v, 16 * i + lane / 16 * 8 + lane % 8, 2 * j / kVectorSixteens + lane / 8 % 2));
 #pragma unroll
-        for (int half = 0; half < 2; ++half) {
-          u32 b0 = b[2 * half] & used[0];
-          u32 b1 = b[2 * half + 1] & used[1];
-          if constexpr (spec::kWidens) {
+        for (int vector = 0; vector < 4; ++vector) x[vector] &= used[vector / 2];
+        if constexpr (spec::kWidens) {
+#pragma unroll
+          for (int vector = 0; vector < 2; ++vector) {
             // Bytes of columns 2c and 2c + 1 of two keys: the pairs of keys of each column.
-            float* d = o_ + (j + half) * 8;
-            b0 = pick_bytes(b0, b0, 0x3120);
-            b1 = pick_bytes(b1, b1, 0x3120);
-            mma<Element>(d, p.steps[i], widen2(b0), widen2(b1));
-            mma<Element>(d + 4, p.steps[i], widen2(b0 >> 16), widen2(b1 >> 16));
-          } else {
-            mma<Element>(o_ + (j + half) * 4, p.steps[i], b0, b1);
+            const u32 low = pick_bytes(x[vector], 0, 0x3120);
+            const u32 high = pick_bytes(x[2 + vector], 0, 0x3120);
+            const u32 a[4] = {widen2(low), widen2(low >> 16), widen2(high), widen2(high >> 16)};
+#pragma unroll
+            for (int n = 0; n < kEights; ++n) mma<Element>(o_[n][j + vector], a, p[n][0], p[n][1]);
           }
+        } else {
+#pragma unroll
+          for (int n = 0; n < kEights; ++n) mma<Element>(o_[n][j], x, p[n][0], p[n][1]);
         }
       }
     }
   }
+
+  // By which a row's largest exponent may be behind.
+  static constexpr float kLag = 8.0f;
 
   SharedStorage& shared_;
   const Operands& operands_;
@@ -239,11 +311,10 @@ class Consumer {
   const Grid& grid_;
   int first_row_;
   int key_warp_;
-  float scale_[kRowsPerThread];  // by which a score becomes an exponent of 2, or the argument of exp2 in tanh
-  int query_[kRowsPerThread];
-  float largest_[kRowsPerThread];
-  float sum_[kRowsPerThread];
-  float o_[spec::kHeadDimV / 2];
+  OfRows scale_;  // by which a score becomes an exponent of 2, or the argument of exp2 in tanh
+  OfRows largest_;
+  OfRows sum_;  // of the thread's keys
+  float o_[kEights][kOutSixteens][4];
 };
 
 }  // namespace jax_flash

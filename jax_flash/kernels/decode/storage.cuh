@@ -3,7 +3,6 @@
 // Rows of K and V are [column block][kTileN rows][128 bytes], swizzled.
 #pragma once
 
-#include "fragment.cuh"
 #include "hopper/barrier.cuh"
 #include "hopper/types.cuh"
 #include "hopper/warp.cuh"
@@ -24,7 +23,7 @@ constexpr int kPieces = spec::kTileN / spec::kBoxKeys;     // of a block, each i
 static_assert(spec::kGathers || kWarpSize % kPieces == 0, "each has a lane, and those of a block come together");
 
 constexpr int kWarps = 4;  // that multiply
-constexpr int kWarpRows = 16;
+constexpr int kWarpRows = spec::kTileM < 16 ? 8 : 16;
 constexpr int kRowWarps = spec::kTileM / kWarpRows;
 constexpr int kKeyWarps = kWarps / kRowWarps;
 constexpr int kConsumerThreads = kWarps * kWarpSize;
@@ -38,7 +37,17 @@ static_assert(spec::kStages % kKeyWarps == 0 && spec::kStages % kLoaders == 0, "
 constexpr int kConsumerBarrier = 1;
 
 constexpr int kQStride = spec::kHeadDim * 2 + 16;  // bytes of a row: eight of them lie in different banks
-constexpr int kOutStride = spec::kHeadDimV + 8;    // floats, likewise
+constexpr int kOutStride = spec::kHeadDimV + 4;    // floats, likewise
+
+// One row of a tile.
+struct Row {
+  i64 index;  // among those of the output,
+  i64 lse_index;
+  int first_key;  // of the keys that it sees: none, if it is not used
+  int last_key;
+  float scale;
+  float sink;
+};
 
 // A tile as the warp that finds it hands it over. No rows end the work.
 struct Work {
@@ -48,8 +57,7 @@ struct Work {
   Rows rows;
   Share share;
   float v_scale;
-  float scale[spec::kTileM];  // of each row
-  float sink[spec::kTileM];
+  Row row[spec::kTileM];
 };
 constexpr int kWorkSlots = 2;
 

@@ -3,6 +3,7 @@
 
 #include "hopper/barrier.cuh"
 #include "hopper/types.cuh"
+#include "hopper/warp.cuh"
 
 namespace jax_flash {
 
@@ -35,6 +36,24 @@ __device__ __forceinline__ void load_matrices(u32 (&x)[4], const void* row) {
                : "=r"(x[0]), "=r"(x[1]), "=r"(x[2]), "=r"(x[3])
                : "r"(shared_address(row))
                : "memory");
+}
+
+// Eight rows of eight 16-bit elements, of which each thread has two of row lane / 4, with rows for columns.
+__device__ __forceinline__ u32 transposed(u32 x) {
+  u32 y;
+  asm volatile("movmatrix.sync.aligned.m8n8.trans.b16 %0, %1;" : "=r"(y) : "r"(x));
+  return y;
+}
+
+// Reductions over the 8 lanes that share columns of a product.
+__device__ __forceinline__ float column_max(float x) {
+  for (int distance = 4; distance < kWarpSize; distance *= 2) x = fmaxf(x, __shfl_xor_sync(kAllLanes, x, distance));
+  return x;
+}
+
+__device__ __forceinline__ float column_sum(float x) {
+  for (int distance = 4; distance < kWarpSize; distance *= 2) x += __shfl_xor_sync(kAllLanes, x, distance);
+  return x;
 }
 
 }  // namespace jax_flash
