@@ -105,9 +105,9 @@ __device__ __forceinline__ void widen_rows(u8* buffer) {
     for (int i = 0; i < kUnitRows / 8; ++i) {
       const uint4 x = narrow[i];
       u8* wide = to + i * 8 * kSwizzleBytes;
-      *reinterpret_cast<uint4*>(wide + low) = uint4{widen2(x.x), widen2(x.x >> 16), widen2(x.y), widen2(x.y >> 16)};
-      *reinterpret_cast<uint4*>(wide + (low ^ 16)) =
-          uint4{widen2(x.z), widen2(x.z >> 16), widen2(x.w), widen2(x.w >> 16)};
+      const Wide words[4] = {widen(x.x), widen(x.y), widen(x.z), widen(x.w)};
+      *reinterpret_cast<uint4*>(wide + low) = uint4{words[0].low, words[0].high, words[1].low, words[1].high};
+      *reinterpret_cast<uint4*>(wide + (low ^ 16)) = uint4{words[2].low, words[2].high, words[3].low, words[3].high};
     }
     from += kUnitRows * kRowBytes;
     to += kUnitRows * kSwizzleBytes;

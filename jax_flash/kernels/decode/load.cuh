@@ -52,8 +52,9 @@ __device__ __forceinline__ void load_q(u8 (&q)[spec::kTileM][kQStride], const Ro
       for (int j = 0; j < 4; ++j) {
         const u32 word = there ? words[j] : 0;
         if constexpr (spec::Query::kBytes == 1) {
-          store_q(q[row], column / 2 + 2 * j, widen2(word));
-          store_q(q[row], column / 2 + 2 * j + 1, widen2(word >> 16));
+          const Wide wide = widen(word);
+          store_q(q[row], column / 2 + 2 * j, wide.low);
+          store_q(q[row], column / 2 + 2 * j + 1, wide.high);
         } else {
           store_q(q[row], column / 2 + j, spec::kConvertsQ ? float16_of_bfloat16(word) : word);
         }

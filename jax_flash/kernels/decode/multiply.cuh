@@ -158,8 +158,9 @@ class Consumer {
           load_matrices(x, vector_of(k, 16 * i + lane % 16, column / 16 + lane / 16));
 #pragma unroll
           for (int j = 0; j < 4; ++j) {
-            a[j / 2][j % 2] = widen2(x[j]);
-            a[j / 2][2 + j % 2] = widen2(x[j] >> 16);
+            const Wide wide = widen(x[j]);
+            a[j / 2][j % 2] = wide.low;
+            a[j / 2][2 + j % 2] = wide.high;
           }
         } else {
           load_matrices(a[0], vector_of(k, 16 * i + lane % 16, column / 8 + lane / 16));
@@ -288,9 +289,9 @@ class Consumer {
 #pragma unroll
           for (int vector = 0; vector < 2; ++vector) {
             // Bytes of columns 2c and 2c + 1 of two keys: the pairs of keys of each column.
-            const u32 low = pick_bytes(x[vector], 0, 0x3120);
-            const u32 high = pick_bytes(x[2 + vector], 0, 0x3120);
-            const u32 a[4] = {widen2(low), widen2(low >> 16), widen2(high), widen2(high >> 16)};
+            const Wide lower = widen(pick_bytes(x[vector], 0, 0x3120));
+            const Wide upper = widen(pick_bytes(x[2 + vector], 0, 0x3120));
+            const u32 a[4] = {lower.low, lower.high, upper.low, upper.high};
 #pragma unroll
             for (int n = 0; n < kEights; ++n) mma<Element>(o_[n][j + vector], a, p[n][0], p[n][1]);
           }

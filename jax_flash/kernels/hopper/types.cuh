@@ -65,10 +65,20 @@ __device__ __forceinline__ u32 float16_of_bfloat16(u32 pair) {
   return pack2<Float16>(__uint_as_float(pair << 16), __uint_as_float(pair & 0xffff0000u));
 }
 
-// Two e4m3 into two float16: those in the lower half of a word.
-__device__ __forceinline__ u32 widen2(u32 narrow) {
-  u32 wide;
-  asm("cvt.rn.f16x2.e4m3x2 %0, %1;" : "=r"(wide) : "h"(static_cast<u16>(narrow)));
+// Four e4m3 into float16: those in the lower half of a word, and in the upper half.
+struct Wide {
+  u32 low, high;
+};
+__device__ __forceinline__ Wide widen(u32 narrow) {
+  Wide wide;
+  asm("{\n"
+      ".reg .b16 low, high;\n"
+      "mov.b32 {low, high}, %2;\n"
+      "cvt.rn.f16x2.e4m3x2 %0, low;\n"
+      "cvt.rn.f16x2.e4m3x2 %1, high;\n"
+      "}"
+      : "=r"(wide.low), "=r"(wide.high)
+      : "r"(narrow));
   return wide;
 }
 
@@ -95,7 +105,7 @@ __device__ __forceinline__ float load_number(const void* array, i64 i) {
   } else if constexpr (Element::kBytes == 2) {
     return number_of<Element>(static_cast<const u16*>(array)[i]);
   } else {
-    return number_of<Float16>(static_cast<u16>(widen2(static_cast<const u8*>(array)[i])));
+    return number_of<Float16>(static_cast<u16>(widen(static_cast<const u8*>(array)[i]).low));
   }
 }
 
