@@ -96,10 +96,9 @@ def forward(attention: Attention, operands: Operands):
 
 def _copies_pages(operands: Operands) -> bool:
     """Whether TMA brings the keys of whole pages, and values in the units in which they are transposed."""
-    if operands.q.dtype.itemsize == 1:
-        keys = columns = heuristics.V_UNIT
-    else:
-        keys, columns = heuristics.LEAST_BOX_KEYS, 16 // operands.k.dtype.itemsize
+    size = operands.k.dtype.itemsize
+    columns = heuristics.V_UNIT if operands.q.dtype.itemsize == 1 else 16 // size
+    keys = heuristics.LEAST_PAGE_KEYS[size]
     return operands.k.shape[1] % keys == 0 and all(x.shape[-1] % columns == 0 for x in operands[1:3])
 
 
@@ -174,7 +173,6 @@ def forward_decode(attention: Attention, operands: Operands):
         tiles=tiles,
         most_tiles=most_tiles,
         page_size=_page_size(operands),
-        keys=keys,
         num_splits=splits,
         multiprocessors=multiprocessors(),
         **_features(attention, operands),

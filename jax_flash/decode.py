@@ -29,9 +29,6 @@ BUFFERS = 2
 WARPS = 4
 """That multiply, as kernels/decode/storage.cuh has it; more are not faster, even where they widen keys and values."""
 
-SHORT_KEYS = 4096
-"""Keys of a CTA up to which blocks of 32 do better than of 64: when the last ones have come, less is left to do."""
-
 GATHERING_WARPS = {128: 4, 256: 2}
 """That copy keys one by one where pages allow TMA fewer than LEAST_BOX_KEYS, by head dim up to which: more would take
 registers from those that multiply."""
@@ -92,7 +89,6 @@ def decode_spec(
     tiles: int,
     most_tiles: int,
     page_size: int | None,
-    keys: int,
     num_splits: int,
     multiprocessors: int,
     **features: bool,
@@ -101,7 +97,7 @@ def decode_spec(
 
     `element` is the dtype of q, `kv_element` that of k and v; `rows` are those of a sequence that share keys, on
     average; `tiles` those there are, likewise, and `most_tiles` at most; `page_size` is None without a page table;
-    `keys` are those that a row sees, at most; `features` are further flags of DecodeSpec.
+    `features` are further flags of DecodeSpec.
     """
     widens = kv_element == "float8_e4m3fn"
     fixed: dict[str, Any] = {
@@ -119,23 +115,22 @@ def decode_spec(
     joins = [{"cluster": 1, "partial": num_splits > 1, "draws": most_tiles * num_splits > multiprocessors}]
     if 1 < num_splits <= MAX_CLUSTER and tiles * num_splits <= MOST_CLUSTERED:
         joins.insert(0, {"cluster": num_splits, "partial": False, "draws": False})  # where there is room for it
-    most_n = 32 if keys <= SHORT_KEYS * num_splits else 64
-    return next(spec for join in joins for spec in _tilings(fixed | join, page_size, most_n) if fits(spec))
+    return next(spec for join in joins for spec in _tilings(fixed | join, page_size) if fits(spec))
 
 
-def _tilings(fixed: dict[str, Any], page_size: int | None, most_n: int) -> Iterator[DecodeSpec]:
-    """The best first, with blocks of at most `most_n` keys. Every warp that has keys of its own has its own buffers."""
+def _tilings(fixed: dict[str, Any], page_size: int | None) -> Iterator[DecodeSpec]:
+    """The best first. Every warp that has keys of its own has its own buffers."""
     for ring_bytes in RING_BYTES:
         stages = max(WARPS, BUFFERS * key_warps(fixed["tile_m"]))
         fitting = ring_bytes // stages // key_bytes(fixed)
-        tile_n = next((n for n in (most_n, 32) if n <= fitting), 16)
+        tile_n = next((n for n in (64, 32) if n <= fitting), 16)
         stages *= max(1, fitting // tile_n)
         box = heuristics.box_keys(page_size, tile_n)
         gathers = box < heuristics.LEAST_BOX_KEYS
         dim = max(fixed["head_dim"], fixed["head_dim_v"])
         loaders = next(warps for most, warps in GATHERING_WARPS.items() if dim <= most) if gathers else 1
         part_floats = fixed["tile_m"] * (fixed["head_dim_v"] + 2)
-        tiling = {"tile_n": tile_n, "stages": stages}
+        tiling: dict[str, Any] = {"tile_n": tile_n, "stages": stages}
         yield DecodeSpec(
             **fixed,
             **tiling,

@@ -58,7 +58,7 @@ TUNED: dict[tuple[int, int, bool], dict[str, int | bool]] = {
 KernelSpec. A call that needs more registers takes what comes nearest. A softcap is a polynomial only after integer
 maxima. `python -m benchmarks tune` searches from here on."""
 
-MOST_ROWS = 1.25
+MOST_EXCESS = 1.25
 """Where the tiles of a sequence's queries would have more than so many times the rows that tiles of 128 rows have, on
 average, those are faster."""
 
@@ -99,6 +99,10 @@ V_UNIT = 32
 
 LEAST_BOX_KEYS = 8
 """Of a copy of TMA: rows of fewer would not lie in shared memory as swizzling has them."""
+
+LEAST_PAGE_KEYS = {2: 16, 1: V_UNIT}
+"""Keys that divide a page which TMA brings to the kernel of many queries, by bytes of an element: with fewer at a time
+the kernel is slower than after a copy of the whole cache by XLA, unless most of that is unused."""
 
 TRANSPOSING = {(d, softcap): {"v_stages": 3} for d in HEAD_DIMS for softcap in (False, True)} | {
     (128, False): {"v_stages": 3, "overlap": 4}
@@ -187,7 +191,7 @@ def ranked(
     size = element_bytes(element)
     dim = max(fixed["head_dim"], fixed["head_dim_v"])
     tuned = TUNED[size, dim, fixed["softcap"]]
-    if rows_of_tiles(tuned["tile_m"]) > MOST_ROWS * rows_of_tiles(128):
+    if rows_of_tiles(tuned["tile_m"]) > MOST_EXCESS * rows_of_tiles(128):
         tuned = tuned | LOW[size, dim, fixed["softcap"]]
     if mean_keys <= SHORT_KEYS:
         tuned = tuned | SHORT.get((size, dim), {})

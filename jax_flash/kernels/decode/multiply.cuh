@@ -66,7 +66,7 @@ class Consumer {
  private:
   using Element = spec::Element;
 
-  static constexpr int kEights = kWarpRows / 8;          // rows of Q of this warp, by eight
+  static constexpr int kEights = kWarpRows / 8;              // rows of Q of this warp, by eight
   static constexpr int kKeySixteens = spec::kTileN / 16;     // keys of a block, by sixteen,
   static constexpr int kOutSixteens = spec::kHeadDimV / 16;  // and columns of the output
 
@@ -139,10 +139,12 @@ class Consumer {
     return tile + vector / 8 * kBlockBytes + row * kSwizzleBytes + (vector % 8 ^ row % 8) * 16;
   }
 
-  // The exponents of 2 that K Q^T makes. Two sums, of every other 16 columns, halve the chain of products.
+  // The exponents of 2 that K Q^T makes. Where few products are independent, two sums, of every other 16 columns, halve
+  // their chain.
   __device__ __forceinline__ void scores(Scores& s, const u8 (&q)[spec::kTileM][kQStride], const u8* k) const {
     const int lane = lane_index();
-    Scores even{}, odd{};
+    constexpr int kSums = kEights * kKeySixteens < 8 ? 2 : 1;
+    Scores sums[kSums]{};
 #pragma unroll
     for (int column = 0; column < spec::kHeadDim; column += 32) {
       u32 b[kEights][4];
@@ -168,8 +170,8 @@ class Consumer {
         }
 #pragma unroll
         for (int n = 0; n < kEights; ++n) {
-          mma<Element>(even[n][i], a[0], b[n][0], b[n][1]);
-          mma<Element>(odd[n][i], a[1], b[n][2], b[n][3]);
+          mma<Element>(sums[0][n][i], a[0], b[n][0], b[n][1]);
+          mma<Element>(sums[kSums - 1][n][i], a[1], b[n][2], b[n][3]);
         }
       }
     }
@@ -179,8 +181,9 @@ class Consumer {
       for (int i = 0; i < kKeySixteens; ++i) {
 #pragma unroll
         for (int j = 0; j < 4; ++j) {
-          float& x = s[n][i][j];
-          x = (even[n][i][j] + odd[n][i][j]) * scale_[n][j % 2];
+          float& x = s[n][i][j] = sums[0][n][i][j];
+          if constexpr (kSums > 1) x += sums[1][n][i][j];
+          x *= scale_[n][j % 2];
           if constexpr (spec::kSoftcap) {
             x = params_.softcap * kLog2E * (1.0f - 2.0f * reciprocal_approx(1.0f + exp2_approx(x)));
           }
@@ -199,7 +202,8 @@ class Consumer {
         const Row& seeing = work.row[row(n, e)];
 #pragma unroll
         for (int key = 0; key < spec::kTileN; key += 8) {
-          if (own + key < seeing.first_key || own + key >= seeing.last_key) s[n][key / 16][key / 8 % 2 * 2 + e] = -kInfinity;
+          if (own + key < seeing.first_key || own + key >= seeing.last_key)
+            s[n][key / 16][key / 8 % 2 * 2 + e] = -kInfinity;
         }
       }
     }
