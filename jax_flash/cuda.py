@@ -89,12 +89,12 @@ def forward(attention: Attention, operands: Operands):
     """The CUDA kernels: out and lse."""
     if decode.serves(*_mean_lengths(operands), operands.q.shape[2] // operands.k.shape[2]):
         return forward_decode(attention, operands)
-    if operands.has("page_table") and not _copies_pages(operands):
+    if operands.has("page_table") and not _reads_pages_in_place(operands):
         operands = canonical.gathered(operands)  # by XLA
     return forward_prefill(attention, operands)
 
 
-def _copies_pages(operands: Operands) -> bool:
+def _reads_pages_in_place(operands: Operands) -> bool:
     """Whether TMA brings the keys of whole pages, and values in the units in which they are transposed."""
     size = operands.k.dtype.itemsize
     columns = heuristics.V_UNIT if operands.q.dtype.itemsize == 1 else 16 // size
@@ -149,7 +149,7 @@ def forward_decode(attention: Attention, operands: Operands):
     params = Params.of(attention, operands)
     group = params.heads // params.kv_heads
     rows = _mean_lengths(operands)[0] * group
-    tile_m = decode.tile_m(rows)
+    tile_m = decode.tile_m(rows, packed=operands.has("cu_seqlens_q"))
     if not operands.k.shape[-1] % 16 == operands.v.shape[-1] % 16 == 0:  # rows of FP8 that TMA does not take
         operands = operands.widened()
     m_blocks = math.ceil(rows / tile_m)  # of packed sequences on average
@@ -169,7 +169,7 @@ def forward_decode(attention: Attention, operands: Operands):
         head_dim_v=params.head_dim_v,
         window_left=attention.window_left != UNBOUNDED,
         window_right=attention.window_right != UNBOUNDED,
-        rows=rows,
+        tile_m=tile_m,
         tiles=tiles,
         most_tiles=most_tiles,
         page_size=_page_size(operands),

@@ -20,6 +20,9 @@ LEAST_KEYS = 4
 TILES_M = (8, 16, 32, 64)
 """Rows of a CTA."""
 
+LEAST_PACKED_ROWS = 16
+"""Of a CTA where sequences are packed: a long one among single queries would have many tiles of fewer."""
+
 RING_BYTES = (128 * 1024, 64 * 1024)
 """Of keys and values in shared memory, the best first: with less the memory idles."""
 
@@ -58,8 +61,10 @@ def serves(queries: float, keys: float, heads_of_kv: int) -> bool:
     return queries * heads_of_kv <= MOST_ROWS and keys >= LEAST_KEYS * queries
 
 
-def tile_m(rows: float) -> int:
-    """Rows of a CTA."""
+def tile_m(rows: float, *, packed: bool) -> int:
+    """Rows of a CTA, by those of a sequence that share keys, on average; some packed ones have more."""
+    if packed:
+        rows = max(rows, LEAST_PACKED_ROWS)
     return next((m for m in TILES_M if rows <= m), TILES_M[-1])
 
 
@@ -85,7 +90,7 @@ def decode_spec(
     out: str,
     head_dim: int,
     head_dim_v: int,
-    rows: float,
+    tile_m: int,
     tiles: int,
     most_tiles: int,
     page_size: int | None,
@@ -95,9 +100,8 @@ def decode_spec(
 ) -> DecodeSpec:
     """The decode kernel of a call.
 
-    `element` is the dtype of q, `kv_element` that of k and v; `rows` are those of a sequence that share keys, on
-    average; `tiles` those there are, likewise, and `most_tiles` at most; `page_size` is None without a page table;
-    `features` are further flags of DecodeSpec.
+    `element` is the dtype of q, `kv_element` that of k and v; `tiles` are those there are on average, and `most_tiles`
+    at most; `page_size` is None without a page table; `features` are further flags of DecodeSpec.
     """
     widens = kv_element == "float8_e4m3fn"
     fixed: dict[str, Any] = {
@@ -108,7 +112,7 @@ def decode_spec(
         "out": out,
         "head_dim": heuristics.padded_head_dim(head_dim),
         "head_dim_v": heuristics.padded_head_dim(head_dim_v),
-        "tile_m": tile_m(rows),
+        "tile_m": tile_m,
         "key_alignment": 1,
         **features,
     }
@@ -164,11 +168,15 @@ def received_bytes(cluster: int, tile_m: int, head_dim_v: int) -> int:
     return cluster * rounds * 32 * 40 if cluster > 1 else 48
 
 
-def shared_bytes(*, head_dim: int, head_dim_v: int, tile_m: int, tile_n: int, stages: int, cluster: int, **more) -> int:
+def shared_bytes(
+    *, head_dim: int, head_dim_v: int, tile_m: int, tile_n: int, stages: int, cluster: int, draws: bool, **more
+) -> int:
     """Bytes of SharedStorage in kernels/decode/storage.cuh, which checks this number."""
     ring = stages * tile_n * key_bytes({"head_dim": head_dim, "head_dim_v": head_dim_v, **more})
     received = received_bytes(cluster, tile_m, head_dim_v)
-    q = 2 * tile_m * (2 * head_dim + 16)
     parts = key_warps(tile_m) * tile_m * (4 * (head_dim_v + 4) + 8)
-    work = 2 * -(-(152 + 32 * tile_m) // 16) * 16 + 16 * stages + 16
-    return -(-(ring + received + q + parts + work) // 1024) * 1024
+    works = 2 if draws else 1
+    q = works * tile_m * (2 * head_dim + 16)
+    work = works * -(-(152 + 32 * tile_m) // 16) * 16
+    barriers = 16 * stages + 16
+    return -(-(ring + received + q + parts + work + barriers) // 1024) * 1024

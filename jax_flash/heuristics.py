@@ -101,8 +101,8 @@ LEAST_BOX_KEYS = 8
 """Of a copy of TMA: rows of fewer would not lie in shared memory as swizzling has them."""
 
 LEAST_PAGE_KEYS = {2: 16, 1: V_UNIT}
-"""Keys that divide a page which TMA brings to the kernel of many queries, by bytes of an element: with fewer at a time
-the kernel is slower than after a copy of the whole cache by XLA, unless most of that is unused."""
+"""The kernel of many queries reads pages in place that are multiples of so many keys, by bytes of an element: by copies
+of fewer it is slower than after a copy of the whole cache by XLA, unless most of that is unused."""
 
 TRANSPOSING = {(d, softcap): {"v_stages": 3} for d in HEAD_DIMS for softcap in (False, True)} | {
     (128, False): {"v_stages": 3, "overlap": 4}

@@ -148,10 +148,16 @@ QUERIES = [
         ((64, 64, 64), "pages-of-7", {"page_size": 7, "heads": 6, "kv_heads": 3}),
         ((1, 1, 1), "many-heads", {"page_size": 16, "heads": 16, "kv_heads": 2, "head_dim": 128, "dtype": "float16"}),
         ((1, 9, 0, 30), "pages-of-16", {"k_lens": (112, 40, 0, 5), "page_size": 16, "packed_q": True}),
+        *(((64, 64, 64), f"pages-of-{size}", {"page_size": size}) for size in (8, 16)),
+        *(
+            ((64, 64, 64), f"fp8-pages-of-{size}", {"page_size": size, "capacity": 128, "dtype": "float8_e4m3fn"})
+            for size in (16, 32)
+        ),
         ((3, 1, 12, 7), "indexed", {"k_lens": (112, 40, 0, 5), "batch_idx": True, "packed_q": True, "kv_heads": 1}),
     )
 ]
 
+_ALL = {"window_size": (30, 0), "softcap": 4.0, "sinks": True}
 _SHORT, _LONG = (0, 112, 1), (300, 1000, 0, 513)
 _WIDE = {"q_lens": (4,) * 3, "k_lens": (1600, 37, 990), "capacity": 1600, "heads": 16, "kv_heads": 2, "num_splits": 1}
 FEATURES = [
@@ -163,7 +169,13 @@ FEATURES = [
         ("left-window-pad", "float16", {"window_size": (20, -1), "leftpad": (30, 90, 0), "page_size": 4}),
         ("softcap", "bfloat16", {"softcap": 3.0, "softmax_scale": 0.3, "batch_idx": True}),
         ("softcap-window-sinks", "float8_e4m3fn", {"softcap": 4.0, "window_size": (30, 0), "sinks": True}),
+        ("eight-rows", "bfloat16", {"heads": 8, "q_lens": (2,) * 3, "head_dim": 192, "head_dim_v": 128, **_ALL}),
+        ("eight-rows", "float8_e4m3fn", {"heads": 8, "q_lens": (2,) * 3, "head_dim": 96, "page_size": 16, **_ALL}),
+        ("d96", "float16", {"head_dim": 96, "page_size": 16}),
+        ("d96", "float8_e4m3fn", {"head_dim": 96, "q_lens": (1,) * 3}),
+        ("d192", "float8_e4m3fn", {"head_dim": 192, "page_size": 4}),
         ("d256", "bfloat16", {"head_dim": 256, "page_size": 16}),
+        ("d256", "float8_e4m3fn", {"head_dim": 256, "num_splits": 3}),
         ("d40-72", "float16", {"head_dim": 40, "head_dim_v": 72, "page_size": 16, "out_dtype": "float32"}),
         ("d128-64", "float8_e4m3fn", {"head_dim": 128, "head_dim_v": 64, "page_size": 128, "capacity": 128}),
         ("negative-scale", "bfloat16", {"softmax_scale": -0.2, "page_size": 16}),
@@ -186,6 +198,7 @@ FP8_KEYS = [
         ("pages-of-16", "bfloat16", {"page_size": 16, "descales": "kv_head", "q_lens": (1, 1, 1), "head_dim": 128}),
         ("dense", "float16", {"descales": "batch", "leftpad": (1, 2, 3)}),
         ("indexed", "float32", {"descales": "tensor", "batch_idx": True, "heads": 4, "kv_heads": 4}),
+        ("many-pages-of-32", "bfloat16", {"page_size": 32, "capacity": 128, "q_lens": (64,) * 3, "kv_heads": 1}),
         ("appended", "bfloat16", {"descales": "kv_head", "page_size": 4, "new_len": 5, "new_dtype": "bfloat16"}),
         ("appended-turned", "float16", {"descales": "batch", "new_len": 5, "new_dtype": "float16", "rotary": 0.5}),
         ("appended-bits", "bfloat16", {"descales": "tensor", "page_size": 16, "new_len": 3}),

@@ -71,6 +71,7 @@ def test_bits_depend_on_no_other_sequence(kernel, splits):
     case = CacheCase(id="many", num_splits=splits, **options)
     arguments = case.arguments() | {"out_dtype": "float32"}
     results = run(arguments, implementation=kernel)
+    check_call(arguments, results)
     check_bits(results, run(arguments, implementation=kernel))
     order = np.random.default_rng(4).permutation(batch)
     mixed = arguments | {name: arguments[name][order] for name in ("q", "k_cache", "v_cache", "cache_seqlens")}

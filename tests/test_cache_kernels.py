@@ -16,7 +16,7 @@ def of_decode(
     kv_element: str,
     head_dim: int,
     head_dim_v: int,
-    rows: int,
+    tile_m: int,
     features: tuple[str, ...],
     page_size: int | None = None,
     most_tiles: int = 3,
@@ -29,7 +29,7 @@ def of_decode(
         out=OUT[element],
         head_dim=head_dim,
         head_dim_v=head_dim_v,
-        rows=rows,
+        tile_m=tile_m,
         tiles=3,
         most_tiles=most_tiles,
         page_size=page_size,
@@ -47,19 +47,19 @@ def decode_kernels():
     dims = (*((d, d) for d in heuristics.HEAD_DIMS), (64, 256), (192, 128))
     pairs = (("bfloat16", "bfloat16"), ("bfloat16", "float8_e4m3fn"), ("float8_e4m3fn", "float8_e4m3fn"))
     kernels = []
-    for turn, (rows, elements, (head_dim, head_dim_v)) in enumerate(itertools.product(decode.TILES_M, pairs, dims)):
+    for turn, (tile_m, elements, (head_dim, head_dim_v)) in enumerate(itertools.product(decode.TILES_M, pairs, dims)):
         features, page_sizes = (((), (None, None)), (everything, (16, 4)))[turn % 2]
         spec = of_decode(
             *elements,
             head_dim,
             head_dim_v,
-            rows,
+            tile_m,
             features,
             page_size=page_sizes[turn % 5 % 2],
             most_tiles=(3, 200)[turn % 9 % 2],
             num_splits=(1, 4, 40)[turn // 2 % 3],
         )
-        kernels.append(pytest.param(spec, id=f"{'-over-'.join(elements)}-d{head_dim}-{head_dim_v}-m{rows}"))
+        kernels.append(pytest.param(spec, id=f"{'-over-'.join(elements)}-d{head_dim}-{head_dim_v}-m{tile_m}"))
     return kernels
 
 
@@ -73,12 +73,12 @@ def test_decode_compiles_without_a_spill(spec):
 
 
 @pytest.mark.parametrize("num_splits", [1, 3, 8])
-@pytest.mark.parametrize("rows", decode.TILES_M)
-def test_decode_counts_its_shared_memory(rows, num_splits):
+@pytest.mark.parametrize("tile_m", decode.TILES_M)
+def test_decode_counts_its_shared_memory(tile_m, num_splits):
     """storage.cuh compares the number, and is compiled without the kernel here."""
     dims = (*((d, d) for d in heuristics.HEAD_DIMS), (64, 256), (256, 64))
-    for (head_dim, head_dim_v), element in itertools.product(dims, ("bfloat16", "float8_e4m3fn")):
-        spec = of_decode("bfloat16", element, head_dim, head_dim_v, rows, (), num_splits=num_splits)
+    for (head_dim, head_dim_v), element, tiles in itertools.product(dims, ("bfloat16", "float8_e4m3fn"), (3, 200)):
+        spec = of_decode("bfloat16", element, head_dim, head_dim_v, tile_m, (), None, tiles, num_splits)
         source, _, _ = codegen.source("decode.cu", spec).partition('extern "C" __global__')
         jit.compile(source + 'extern "C" __global__ void decode() {}\n}\n')
 
@@ -119,13 +119,18 @@ def test_keys_are_split_for_few_tiles_and_for_long_ones(tiles, keys, splits):
     assert decode.splits(tiles, keys, multiprocessors=132) == splits
 
 
+@pytest.mark.parametrize(("rows", "packed", "tile_m"), [(3, False, 8), (8.5, False, 16), (3, True, 16), (90, True, 64)])
+def test_tiles_have_as_many_rows_as_sequences(rows, packed, tile_m):
+    assert decode.tile_m(rows, packed=packed) == tile_m
+
+
 @pytest.mark.parametrize("page_size", [8, 16, 24, 48, 256])
 def test_copies_of_a_block_come_together(page_size):
     """Each lane of a warp has one of 32 copies: those of a block must not be parted."""
-    for (head_dim, head_dim_v), element, rows in itertools.product(
+    for (head_dim, head_dim_v), element, tile_m in itertools.product(
         itertools.product(heuristics.HEAD_DIMS, repeat=2), ("bfloat16", "float8_e4m3fn"), decode.TILES_M
     ):
-        spec = of_decode(element, element, head_dim, head_dim_v, rows, (), page_size)
+        spec = of_decode(element, element, head_dim, head_dim_v, tile_m, (), page_size)
         assert not spec.gathers
         assert 32 % (spec.tile_n // spec.box_keys) == spec.tile_n % spec.box_keys == 0
 

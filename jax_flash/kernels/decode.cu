@@ -1,10 +1,10 @@
 // Attention of few queries on compute capability 9.0, bound by reading keys and values once. A tile has at most kTileM
 // rows of Q, of all query heads that share a key/value head, and a share of the keys that they see. A CTA of each SM
 // walks over tiles: one warp finds them and fetches Q, one loads keys and values by TMA into a ring of small buffers,
-// without a break between tiles (of small pages some warps do, key by key), the others multiply, 16 rows to a warp;
-// where there are fewer rows than that takes, each warp has its own keys. What they made of these is joined in shared
-// memory; where CTAs share the keys of a row, by CTAs of a cluster, which send it to each other, or by the last one of
-// them from global memory.
+// without a break between tiles (of small pages some warps do, key by key), the others multiply, up to 16 rows to a
+// warp; where a tile has no more, each warp has its own keys. What they made of these is joined in shared memory; where
+// CTAs share the keys of a row, by CTAs of a cluster, which send it to each other, or by the last one of them from
+// global memory.
 #include "decode/load.cuh"
 #include "decode/multiply.cuh"
 #include "decode/storage.cuh"
@@ -34,16 +34,16 @@ class KnownRows {
     const int sequence = max(tile.sequence, 0);
 #pragma unroll
     for (int i = 0; i < kRowsOfLane; ++i) {
-      const int row = min(number(i), rows.count - 1);
-      const int query = rows.query(row);
-      const int head = rows.head(row);
+      const int known = min(row(i), rows.count - 1);
+      const int query = rows.query(known);
+      const int head = rows.head(known);
       const bool used = query < tile.q_len;
       Row& own = own_[i];
       own.scale = __ldg(operands.scale + sequence * params.scale_batch_stride + head * params.scale_head_stride);
       own.sink = -kInfinity;
       if (spec::kSinks && used) own.sink = __ldg(operands.sinks + sequence * params.sinks_batch_stride + head);
-      own.index = rows.index(row, params);
-      own.lse_index = rows.lse_index(row, params);
+      own.index = rows.index(known, params);
+      own.lse_index = rows.lse_index(known, params);
       own.first_key = used ? first_key(tile, params, query) : 0;
       own.last_key = used ? last_key(tile, params, query) : 0;
     }
@@ -54,7 +54,7 @@ class KnownRows {
   __device__ __forceinline__ void store(Work& work) const {
 #pragma unroll
     for (int i = 0; i < kRowsOfLane; ++i) {
-      if (number(i) < spec::kTileM) work.row[number(i)] = own_[i];
+      if (row(i) < spec::kTileM) work.row[row(i)] = own_[i];
     }
     if (lane_index() == 0) work.v_scale = v_scale_;
   }
@@ -62,7 +62,7 @@ class KnownRows {
  private:
   static constexpr int kRowsOfLane = (spec::kTileM + kWarpSize - 1) / kWarpSize;
 
-  __device__ __forceinline__ static int number(int i) { return i * kWarpSize + lane_index(); }
+  __device__ __forceinline__ static int row(int i) { return i * kWarpSize + lane_index(); }
 
   Row own_[kRowsOfLane];
   float v_scale_;

@@ -2,6 +2,7 @@
 #pragma once
 
 #include "fragment.cuh"
+#include "hopper/matrices.cuh"
 #include "hopper/tma.cuh"
 #include "hopper/types.cuh"
 #include "hopper/warp.cuh"

@@ -4,6 +4,7 @@
 #pragma once
 
 #include "hopper/barrier.cuh"
+#include "hopper/matrices.cuh"
 #include "hopper/types.cuh"
 #include "hopper/warp.cuh"
 #include "spec.h"

@@ -118,13 +118,13 @@ class Loader {
   // The first tile of the CTA it knows without being told.
   __device__ __forceinline__ void run(const Rows& first, const Grid& grid) {
     if (first.count > 0) load(first, Share(first, params_, grid));
+    if constexpr (!spec::kDraws) return;
     Ring<kWorkSlots> works;
     for (bool is_first = true;; is_first = false) {
       Work& work = shared_.work[works.slot];
       work.located.wait(works.phase);
       if (work.rows.count == 0) return;
       if (!is_first) load(work.rows, work.share);
-      if constexpr (!spec::kDraws) return;
       work.empty.arrive();
       works.advance();
     }
@@ -209,7 +209,7 @@ class Loader {
         const int other = __shfl_sync(kAllLanes, keys[kKeysOfLane - 1], key % kWarpSize);
         if (key >= kWarpSize) row = other;
       }
-      u8* to = buffer + vector / 8 * kBlockBytes + key * kSwizzleBytes + (vector % 8 ^ key % 8) * 16;
+      u8* to = buffer + vector_offset(key, vector);
       const u8* from = static_cast<const u8*>(array) + static_cast<i64>(row) * row_bytes + vector * 16;
       copy_async(to, from, vector * 16 < row_bytes);
     }

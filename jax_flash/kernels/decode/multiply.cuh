@@ -1,13 +1,13 @@
 // Multiply: some rows of Q of each tile against its blocks of keys, by one warp.
 //
 // Keys, and then columns of the output, are rows of the products, 16 at a time, and rows of Q their columns, eight at a
-// time: for one query there are seldom more than eight heads that share keys. Number 2r + e of a product is of its row
-// lane / 4 + 8r and its column 2 * (lane % 4) + e.
+// time: for one query there are seldom more than eight heads that share keys. mma.cuh tells who has what of a product.
 #pragma once
 
 #include "decode/join.cuh"
 #include "decode/storage.cuh"
 #include "hopper/barrier.cuh"
+#include "hopper/matrices.cuh"
 #include "hopper/mma.cuh"
 #include "hopper/types.cuh"
 #include "hopper/warp.cuh"
@@ -57,7 +57,7 @@ class Consumer {
       store(part);
       join_parts(shared_, work, operands_, params_, grid_);
       if constexpr (!spec::kDraws) return;
-      named_sync(kConsumerBarrier, kConsumerThreads);
+      named_sync(kConsumerBarrier, kConsumerThreads);  // what warps have left is read
       work.empty.arrive();
       works.advance();
     }
@@ -70,10 +70,12 @@ class Consumer {
   static constexpr int kKeySixteens = spec::kTileN / 16;     // keys of a block, by sixteen,
   static constexpr int kOutSixteens = spec::kHeadDimV / 16;  // and columns of the output
 
+  static constexpr float kLag = 8.0f;  // by which a row's largest exponent may be behind
+
   using Scores = float[kEights][kKeySixteens][4];
   using OfRows = float[kEights][2];  // something of each row of Q that a thread has scores of
 
-  // The rows of Q that a thread has scores of, and its place among the lanes that share these.
+  // The row of Q that numbers e and 2 + e of products are of.
   __device__ __forceinline__ int row(int eight, int e) const {
     return first_row_ + 8 * eight + lane_index() % 4 * 2 + e;
   }
@@ -134,17 +136,12 @@ class Consumer {
     values<kEdge>(s, shared_.v[slot], first_used_in(tile, block), last_used_in(tile, block));
   }
 
-  // Where 16 bytes of a row of a tile lie.
-  __device__ __forceinline__ static const u8* vector_of(const u8* tile, int row, int vector) {
-    return tile + vector / 8 * kBlockBytes + row * kSwizzleBytes + (vector % 8 ^ row % 8) * 16;
-  }
-
-  // The exponents of 2 that K Q^T makes. Where few products are independent, two sums, of every other 16 columns, halve
-  // their chain.
+  // The exponents of 2 that K Q^T makes. Where few products are independent there are two chains of them to a score, of
+  // every other 16 columns.
   __device__ __forceinline__ void scores(Scores& s, const u8 (&q)[spec::kTileM][kQStride], const u8* k) const {
     const int lane = lane_index();
-    constexpr int kSums = kEights * kKeySixteens < 8 ? 2 : 1;
-    Scores sums[kSums]{};
+    constexpr int kChains = kEights * kKeySixteens < 8 ? 2 : 1;
+    Scores chains[kChains]{};
 #pragma unroll
     for (int column = 0; column < spec::kHeadDim; column += 32) {
       u32 b[kEights][4];
@@ -157,7 +154,7 @@ class Consumer {
         u32 a[2][4];
         if constexpr (spec::kWidens) {
           u32 x[4];
-          load_matrices(x, vector_of(k, 16 * i + lane % 16, column / 16 + lane / 16));
+          load_matrices(x, k + vector_offset(16 * i + lane % 16, column / 16 + lane / 16));
 #pragma unroll
           for (int j = 0; j < 4; ++j) {
             const Wide wide = widen(x[j]);
@@ -165,13 +162,13 @@ class Consumer {
             a[j / 2][2 + j % 2] = wide.high;
           }
         } else {
-          load_matrices(a[0], vector_of(k, 16 * i + lane % 16, column / 8 + lane / 16));
-          load_matrices(a[1], vector_of(k, 16 * i + lane % 16, column / 8 + 2 + lane / 16));
+          load_matrices(a[0], k + vector_offset(16 * i + lane % 16, column / 8 + lane / 16));
+          load_matrices(a[1], k + vector_offset(16 * i + lane % 16, column / 8 + 2 + lane / 16));
         }
 #pragma unroll
         for (int n = 0; n < kEights; ++n) {
-          mma<Element>(sums[0][n][i], a[0], b[n][0], b[n][1]);
-          mma<Element>(sums[kSums - 1][n][i], a[1], b[n][2], b[n][3]);
+          mma<Element>(chains[0][n][i], a[0], b[n][0], b[n][1]);
+          mma<Element>(chains[kChains - 1][n][i], a[1], b[n][2], b[n][3]);
         }
       }
     }
@@ -181,8 +178,8 @@ class Consumer {
       for (int i = 0; i < kKeySixteens; ++i) {
 #pragma unroll
         for (int j = 0; j < 4; ++j) {
-          float& x = s[n][i][j] = sums[0][n][i][j];
-          if constexpr (kSums > 1) x += sums[1][n][i][j];
+          float& x = s[n][i][j] = chains[0][n][i][j];
+          if constexpr (kChains > 1) x += chains[1][n][i][j];
           x *= scale_[n][j % 2];
           if constexpr (spec::kSoftcap) {
             x = params_.softcap * kLog2E * (1.0f - 2.0f * reciprocal_approx(1.0f + exp2_approx(x)));
@@ -202,8 +199,8 @@ class Consumer {
         const Row& seeing = work.row[row(n, e)];
 #pragma unroll
         for (int key = 0; key < spec::kTileN; key += 8) {
-          if (own + key < seeing.first_key || own + key >= seeing.last_key)
-            s[n][key / 16][key / 8 % 2 * 2 + e] = -kInfinity;
+          const bool seen = own + key >= seeing.first_key && own + key < seeing.last_key;
+          if (!seen) s[n][key / 16][key / 8 % 2 * 2 + e] = -kInfinity;
         }
       }
     }
@@ -284,11 +281,11 @@ class Consumer {
       constexpr int kVectorSixteens = spec::kWidens ? 2 : 1;  // that two vectors of 16 bytes of each key make
 #pragma unroll
       for (int j = 0; j < kOutSixteens; j += kVectorSixteens) {
-        u32 x[4];  // two vectors of the first eight keys, and of the others
+        u32 x[4];  // words of two vectors of the first eight keys, and of the others
         load_matrices_transposed(
-            x, vector_of(v, 16 * i + lane / 16 * 8 + lane % 8, 2 * j / kVectorSixteens + lane / 8 % 2));
+            x, v + vector_offset(16 * i + lane / 16 * 8 + lane % 8, 2 * j / kVectorSixteens + lane / 8 % 2));
 #pragma unroll
-        for (int vector = 0; vector < 4; ++vector) x[vector] &= used[vector / 2];
+        for (int word = 0; word < 4; ++word) x[word] &= used[word / 2];
         if constexpr (spec::kWidens) {
 #pragma unroll
           for (int vector = 0; vector < 2; ++vector) {
@@ -306,9 +303,6 @@ class Consumer {
       }
     }
   }
-
-  // By which a row's largest exponent may be behind.
-  static constexpr float kLag = 8.0f;
 
   SharedStorage& shared_;
   const Operands& operands_;

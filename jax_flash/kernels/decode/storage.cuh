@@ -22,6 +22,11 @@ constexpr int kBlockBytes = spec::kTileN * kSwizzleBytes;  // of kBoxColumns col
 constexpr int kPieces = spec::kTileN / spec::kBoxKeys;     // of a block, each in one page
 static_assert(spec::kGathers || kWarpSize % kPieces == 0, "each has a lane, and those of a block come together");
 
+// Where 16 bytes of a row of K or V of a block lie.
+__device__ __forceinline__ int vector_offset(int row, int vector) {
+  return vector / 8 * kBlockBytes + row * kSwizzleBytes + (vector % 8 ^ row % 8) * 16;
+}
+
 constexpr int kWarps = 4;  // that multiply
 constexpr int kWarpRows = spec::kTileM < 16 ? 8 : 16;
 constexpr int kRowWarps = spec::kTileM / kWarpRows;
@@ -41,15 +46,15 @@ constexpr int kOutStride = spec::kHeadDimV + 4;    // floats, likewise
 
 // One row of a tile.
 struct Row {
-  i64 index;  // among those of the output,
-  i64 lse_index;
+  i64 index;      // among those of the output,
+  i64 lse_index;  // and among the log-sum-exps
   int first_key;  // of the keys that it sees: none, if it is not used
   int last_key;
   float scale;
   float sink;
 };
 
-// A tile as the warp that finds it hands it over. No rows end the work.
+// A tile as the warp that finds it hands it over. No rows end the work, as does the only tile of a CTA that draws none.
 struct Work {
   Barrier located;  // its rows and blocks are known,
   Barrier full;     // and Q and the rest are there
@@ -59,7 +64,7 @@ struct Work {
   float v_scale;
   Row row[spec::kTileM];
 };
-constexpr int kWorkSlots = 2;
+constexpr int kWorkSlots = spec::kDraws ? 2 : 1;
 
 // kPartColumns columns of a row of the output, counted through all of a tile's.
 constexpr int kVectors = spec::kHeadDimV / kPartColumns;  // of a row

@@ -78,29 +78,23 @@ __device__ __forceinline__ float quad_sum(float x) {
   return x + __shfl_xor_sync(kAllLanes, x, 2);
 }
 
+// Likewise over the 8 lanes, every fourth, that share columns of a product of mma.cuh.
+__device__ __forceinline__ float column_max(float x) {
+  for (int distance = 4; distance < kWarpSize; distance *= 2) x = fmaxf(x, __shfl_xor_sync(kAllLanes, x, distance));
+  return x;
+}
+
+__device__ __forceinline__ float column_sum(float x) {
+  for (int distance = 4; distance < kWarpSize; distance *= 2) x += __shfl_xor_sync(kAllLanes, x, distance);
+  return x;
+}
+
 // The largest of a warp, for all lanes.
 __device__ __forceinline__ int warp_max(int x) {
   for (int distance = kWarpSize / 2; distance > 0; distance /= 2) {
     x = max(x, __shfl_xor_sync(kAllLanes, x, distance));
   }
   return x;
-}
-
-// Writes four 8 x 8 matrices of 16-bit elements, spread over a warp as an accumulator's are, to shared memory: lane i
-// names where row i % 8 of matrix i / 8 goes.
-__device__ __forceinline__ void store_matrices(void* row, const u32 (&x)[4]) {
-  asm volatile("stmatrix.sync.aligned.m8n8.x4.shared.b16 [%0], {%1, %2, %3, %4};" ::"r"(shared_address(row)), "r"(x[0]),
-               "r"(x[1]), "r"(x[2]), "r"(x[3])
-               : "memory");
-}
-
-// Reads four 8 x 8 matrices of 16-bit elements, lane i naming where row i % 8 of matrix i / 8 lies: word m is of matrix
-// m, of its rows 2 * (lane % 4), in the low half, and one further, column lane / 4.
-__device__ __forceinline__ void load_matrices_transposed(u32 (&x)[4], const void* row) {
-  asm volatile("ldmatrix.sync.aligned.m8n8.x4.trans.shared.b16 {%0, %1, %2, %3}, [%4];"
-               : "=r"(x[0]), "=r"(x[1]), "=r"(x[2]), "=r"(x[3])
-               : "r"(shared_address(row))
-               : "memory");
 }
 
 // Inclusive scans over the lanes of a warp.
