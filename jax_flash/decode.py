@@ -11,7 +11,7 @@ from typing import Any
 from jax_flash import heuristics
 from jax_flash.kernel_spec import DecodeSpec
 
-MOST_ROWS = 96
+MOST_ROWS = 128
 """Rows of q that see a key, of all heads that share it, up to which this kernel may be the faster one."""
 
 LEAST_KEYS = 4
