@@ -60,9 +60,8 @@ __device__ __forceinline__ Part load_part(const float* split, Vector vector) {
 
 // Hands what this CTA made of its keys to the CTA of the cluster that ends a vector.
 __device__ __forceinline__ void send_part(SharedStorage& shared, int sender, Vector vector, const Part& part) {
-  const int chunk = vector.number / kWarpSize;
-  const int place = chunk / spec::kCluster * kWarpSize + vector.number % kWarpSize;
-  const int receiver = chunk % spec::kCluster;
+  const int place = Received::place(vector);
+  const int receiver = Received::rank(vector);
   Received& received = shared.received;
   cluster_store(&received.low[sender][place], part.out.low, shared.all_received, receiver);
   cluster_store(&received.high[sender][place], part.out.high, shared.all_received, receiver);
@@ -96,10 +95,8 @@ __device__ __forceinline__ void join_warps(SharedStorage& shared, const Rows& ro
 static_assert(spec::kCluster == 1 || (!spec::kDraws && !spec::kPartial), "one way to join");
 __device__ __forceinline__ void join_cluster(SharedStorage& shared, const Rows& rows, const Work& work,
                                              const Operands& operands, const Params& params) {
-  constexpr int kRound = Received::kRound;
   const int rank = rows.split;
-  const int all = rows.count * kVectors;
-  const int own = all / kRound * kWarpSize + clamp(all % kRound - rank * kWarpSize, 0, kWarpSize);
+  const int own = Received::count(rank, rows.count * kVectors);
   if (own == 0) return;
   const Received& received = shared.received;
   if (threadIdx.x == 0) {
@@ -113,8 +110,7 @@ __device__ __forceinline__ void join_cluster(SharedStorage& shared, const Rows& 
       const float2 x = received.largest_and_sum[cta][place];
       parts[cta] = {x.x, x.y, {received.low[cta][place], received.high[cta][place]}};
     }
-    const int number = place / kWarpSize * kRound + rank * kWarpSize + place % kWarpSize;
-    finish_vector(join(parts), Vector{number}, work, operands, params);
+    finish_vector(join(parts), Received::vector(rank, place), work, operands, params);
   }
 }
 

@@ -74,8 +74,8 @@ struct Vector {
   __device__ __forceinline__ int column() const { return number % kVectors * kPartColumns; }
 };
 
-// What the CTAs of a cluster made of their keys, as far as this one has to join it: of each 32 vectors that follow each
-// other one CTA, in turn.
+// What the CTAs of a cluster made of their keys, as far as this one has to join it: it ends 32 vectors that follow each
+// other of each kRound of a tile, by its rank.
 struct Received {
   static constexpr int kRound = spec::kCluster * kWarpSize;
   static constexpr int kRounds = (spec::kTileM * kVectors + kRound - 1) / kRound;
@@ -84,6 +84,19 @@ struct Received {
   float4 low[spec::kCluster][kVectorsOfCta];
   float4 high[spec::kCluster][kVectorsOfCta];
   float2 largest_and_sum[spec::kCluster][kVectorsOfCta];
+
+  // Of a vector, the CTA that ends it, and its number among those of that CTA;
+  __device__ __forceinline__ static int rank(Vector vector) { return vector.number / kWarpSize % spec::kCluster; }
+  __device__ __forceinline__ static int place(Vector vector) {
+    return vector.number / kRound * kWarpSize + vector.number % kWarpSize;
+  }
+  // the other way round; and how many of a tile's a CTA ends.
+  __device__ __forceinline__ static Vector vector(int rank, int place) {
+    return {place / kWarpSize * kRound + rank * kWarpSize + place % kWarpSize};
+  }
+  __device__ __forceinline__ static int count(int rank, int vectors) {
+    return vectors / kRound * kWarpSize + clamp(vectors % kRound - rank * kWarpSize, 0, kWarpSize);
+  }
 };
 
 struct alignas(1024) SharedStorage {
