@@ -1,4 +1,4 @@
-"""python -m jax_flash: three cases on the best device here, against the definition; with `info`, what is installed."""
+"""python -m jax_flash: three cases, one twice, on the best device here, against the definition; `info`: versions."""
 
 from __future__ import annotations
 

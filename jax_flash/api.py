@@ -151,6 +151,8 @@ def attention_with_kv_cache(
         step = jax.jit(jax_flash.attention_with_kv_cache, donate_argnames=("k_cache", "v_cache"))
         out, k_cache, v_cache = step(q, k_cache, v_cache, k_new, v_new, cache_seqlens=cache_seqlens)
 
+    What is not an array (`window_size`, `num_splits`, ..) must be known while tracing: by functools.partial, say.
+
     B is the number of sequences, the other letters are those of `attention`. A cache is dense, (B, S, ..), or paged: a
     pool of pages that all sequences share, (pages, page size, ..), of which `page_table` gives each sequence its own.
     The capacity of a sequence is S, or its number of pages times the page size. Keys have positions from 0 on, and the
@@ -170,7 +172,8 @@ def attention_with_kv_cache(
         dtype of k_cache, and copied bit for bit unless rotated; or float16, bfloat16 or float32 over a float8_e4m3fn
         cache, which takes k_new / k_descale, 448 at most.
       v_new: values to append, of the shape of k_new with Dv for D, and its dtype.
-      cache_seqlens: int32 (B,), or one int for all: the keys that each sequence has in the cache, before the new ones.
+      cache_seqlens: int32 (B,), or an int or int32 () for all: the keys that each sequence has in the cache, before
+        the new ones.
       page_table: int32 (B, pages of a sequence): key j of sequence b is row j % page size of page
         page_table[b, j // page size]. A page may have any number of rows.
       cache_batch_idx: int32 (B,), for a dense cache of any batch: the row of it that each sequence has.
@@ -179,13 +182,14 @@ def attention_with_kv_cache(
       max_seqlen_q: the longest query sequence if known, a hint for speed, as in `attention`.
       rotary_cos: (positions, R / 2), float16, bfloat16 or float32: rotates the first R channels of row j of k_new, and
         of q, by the angles of position cache_seqlens + j, as FlashAttention does; where neither `causal` nor a window
-        is given, all rows of q by those of cache_seqlens. Positions past the table use its last row. Needs k_new.
+        is given, all rows of q by those of cache_seqlens. Positions past the table use its last row. Needs k_new; where
+        that has another length than q, these positions of q are not those that masks go by.
       rotary_sin: the like of rotary_cos.
       rotary_interleaved: whether channels 2i and 2i + 1 are a pair, else i and i + R / 2.
       causal, window_size, softcap, softmax_scale, sinks, q_descale, k_descale, v_descale: as in `attention`; but
         `causal` is True unless given.
       num_splits: parts that the keys of a sequence are split into, up to 256, which a GPU works on side by side; chosen
-        unless given. It changes results by rounding alone, and on the CPU nothing.
+        unless given. It changes results by rounding alone, and nothing on the CPU or where many queries see each key.
       out_dtype, return_lse, implementation: as in `attention`.
 
     Returns:

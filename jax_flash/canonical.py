@@ -45,12 +45,12 @@ def over_cache(call: CacheCall) -> tuple[Attention, Operands, Append | None]:
     """
     cache_seqlens = call.cache_seqlens
     if not isinstance(cache_seqlens, (jax.Array, np.ndarray)):
-        cache_seqlens = np.full((call.batch,), np.clip(cache_seqlens, 0, call.capacity), np.int32)
+        cache_seqlens = np.int32(np.clip(cache_seqlens, 0, call.capacity))
     operands = _operands(
         call,
         k=jnp.asarray(call.k_cache),
         v=jnp.asarray(call.v_cache),
-        seqused_k=jnp.asarray(cache_seqlens),
+        seqused_k=jnp.broadcast_to(cache_seqlens, (call.batch,)),
         page_table=_indices(call.page_table),
         cache_batch_idx=_indices(call.cache_batch_idx),
         cache_leftpad=_indices(call.cache_leftpad),

@@ -11,7 +11,6 @@ from jax_flash.validate import (
     check_int32,
     check_lengths,
     check_like,
-    check_positive,
     check_request,
     check_rows,
     describe,
@@ -38,10 +37,16 @@ def check(call: CacheCall) -> None:
     _check_sequences(call)
     _check_new(call)
     _check_rotary(call)
-    if call.num_splits is not None:
-        check_positive("num_splits", call.num_splits)
-        if call.num_splits > MAX_SPLITS:
-            raise ValueError(f"num_splits must be at most {MAX_SPLITS}, got {call.num_splits}.")
+    _check_splits(call.num_splits)
+
+
+def _check_splits(num_splits) -> None:
+    if num_splits is None or (is_int(num_splits) and 1 <= num_splits <= MAX_SPLITS):
+        return
+    error = ValueError if is_int(num_splits) else TypeError
+    raise error(
+        f"num_splits must be a Python int from 1 to {MAX_SPLITS}, or None to be chosen, got {describe(num_splits)}."
+    )
 
 
 def _check_sequences(call: CacheCall) -> None:
@@ -51,13 +56,22 @@ def _check_sequences(call: CacheCall) -> None:
             raise TypeError(
                 f"cache_seqlens must be an int32 array or a Python int, got {describe(call.cache_seqlens)}."
             )
-        check_lengths("cache_seqlens", call.cache_seqlens, (batch,))
+        check_int32("cache_seqlens", call.cache_seqlens)
+        if call.cache_seqlens.shape not in ((), (batch,)):
+            raise ValueError(
+                f"cache_seqlens must have shape ({batch},), one length a sequence, or () for all, "
+                f"got shape {call.cache_seqlens.shape}."
+            )
     if call.cache_leftpad is not None:
         check_lengths("cache_leftpad", call.cache_leftpad, (batch,))
     if call.page_table is not None:
         _check_pages(call)
     elif call.cache_batch_idx is None:
-        check_batch("k_cache", call.k_cache, batch)
+        if call.k_cache.shape[0] != batch:
+            raise ValueError(
+                f"k_cache must have a batch of {batch} for the {batch} sequences of q, or come with page_table or "
+                f"cache_batch_idx, got shape {call.k_cache.shape}."
+            )
     else:
         check_int32("cache_batch_idx", call.cache_batch_idx)
         if call.cache_batch_idx.shape != (batch,):
@@ -99,10 +113,12 @@ def _check_new(call: CacheCall) -> None:
     _check_pair("k_new", call.k_new, "v_new", call.v_new)
     if call.k_new is None:
         return
-    cache_dtype = call.k_cache.dtype.name
-    dtypes = (*FLOAT_DTYPES, cache_dtype) if cache_dtype == "float8_e4m3fn" else (cache_dtype,)
+    dtypes = (*FLOAT_DTYPES, "float8_e4m3fn")
     check_rows("k_new", call.k_new, dtypes)
     check_rows("v_new", call.v_new, dtypes)
+    cache_dtype = call.k_cache.dtype.name
+    if call.k_new.dtype.name != cache_dtype != "float8_e4m3fn":
+        raise TypeError(f"k_new must have the dtype of k_cache, {cache_dtype}, got {call.k_new.dtype.name}.")
     if call.v_new.dtype != call.k_new.dtype:
         raise TypeError(f"v_new must have the dtype of k_new, {call.k_new.dtype.name}, got {call.v_new.dtype.name}.")
     for new, cache in (("k_new", "k_cache"), ("v_new", "v_cache")):
