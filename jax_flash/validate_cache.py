@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from jax_flash.spec import CacheCall
 from jax_flash.validate import (
+    DTYPES,
     FLOAT_DTYPES,
     check_array,
     check_batch,
@@ -113,9 +114,8 @@ def _check_new(call: CacheCall) -> None:
     _check_pair("k_new", call.k_new, "v_new", call.v_new)
     if call.k_new is None:
         return
-    dtypes = (*FLOAT_DTYPES, "float8_e4m3fn")
-    check_rows("k_new", call.k_new, dtypes)
-    check_rows("v_new", call.v_new, dtypes)
+    check_rows("k_new", call.k_new, DTYPES)
+    check_rows("v_new", call.v_new, DTYPES)
     cache_dtype = call.k_cache.dtype.name
     if call.k_new.dtype.name != cache_dtype != "float8_e4m3fn":
         raise TypeError(f"k_new must have the dtype of k_cache, {cache_dtype}, got {call.k_new.dtype.name}.")

@@ -38,7 +38,7 @@ struct Softcap {
   __device__ __forceinline__ void cap(float (&s)[kCount]) const {
 #pragma unroll
     for (int i = 0; i < kCount; ++i) {
-      s[i] = 1.0f - 2.0f * reciprocal_approx(1.0f + exp2_approx(s[i] * (2.0f * kLog2E * argument)));
+      s[i] = tanh_of_exponent(s[i] * (2.0f * kLog2E * argument));
     }
   }
 

@@ -5,7 +5,6 @@
 #include "hopper/barrier.cuh"
 #include "hopper/cluster.cuh"
 #include "hopper/types.cuh"
-#include "hopper/warp.cuh"
 #include "operands.cuh"
 #include "params.h"
 #include "parts.cuh"
@@ -144,7 +143,7 @@ __device__ __forceinline__ void join_splits(SharedStorage& shared, const Rows& r
 // What the consumer warps have stored becomes rows of the output, here or in another CTA.
 __device__ __forceinline__ void join_parts(SharedStorage& shared, const Work& work, const Operands& operands,
                                            const Params& params, const Grid& grid) {
-  const Rows rows = work.rows;
+  const Rows rows = work.rows;  // read ahead of the barrier, so that nothing waits for it behind
   named_sync(kConsumerBarrier, kConsumerThreads);
   if constexpr (spec::kCluster > 1) cluster_wait();  // by now all have begun, and may be sent something
   const int splits = grid.splits.value;

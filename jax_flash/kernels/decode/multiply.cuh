@@ -181,9 +181,7 @@ class Consumer {
           float& x = s[n][i][j] = chains[0][n][i][j];
           if constexpr (kChains > 1) x += chains[1][n][i][j];
           x *= scale_[n][j % 2];
-          if constexpr (spec::kSoftcap) {
-            x = params_.softcap * kLog2E * (1.0f - 2.0f * reciprocal_approx(1.0f + exp2_approx(x)));
-          }
+          if constexpr (spec::kSoftcap) x = params_.softcap * kLog2E * tanh_of_exponent(x);
         }
       }
     }

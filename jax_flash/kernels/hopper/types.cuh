@@ -150,4 +150,9 @@ __device__ __forceinline__ float reciprocal_approx(float x) {
   return y;
 }
 
+// tanh of a number, from that times 2 * log2(e).
+__device__ __forceinline__ float tanh_of_exponent(float exponent) {
+  return 1.0f - 2.0f * reciprocal_approx(1.0f + exp2_approx(exponent));
+}
+
 }  // namespace jax_flash

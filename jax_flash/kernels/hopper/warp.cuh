@@ -1,7 +1,6 @@
 // Warps and warpgroups: who am I, registers, shuffles, generic writes seen by the tensor cores.
 #pragma once
 
-#include "hopper/barrier.cuh"
 #include "hopper/types.cuh"
 
 namespace jax_flash {
