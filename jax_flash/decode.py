@@ -178,5 +178,5 @@ def shared_bytes(
     works = 2 if draws else 1
     q = works * tile_m * (2 * head_dim + 16)
     work = works * -(-(152 + 32 * tile_m) // 16) * 16
-    barriers = 16 * stages + 16
+    barriers = 24 * stages + 16
     return -(-(ring + received + q + parts + work + barriers) // 1024) * 1024

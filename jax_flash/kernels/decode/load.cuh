@@ -146,24 +146,24 @@ class Loader {
     for (int i = 0; i < share.count; ++i) {
       KeyPlace places[kPieces];
       pieces.locate(i, places);
-      Barrier& barrier = shared_.full[ring_.slot];
       shared_.empty[ring_.slot].wait(ring_.phase ^ 1);
       if (elect_lane()) {
-        barrier.arrive_expect((kKBoxes + kVBoxes) * kBlockBytes);
-        for (int piece = 0; piece < kPieces; ++piece) {
-          const KeyPlace& place = places[piece];
-          const int offset = piece * spec::kBoxKeys * kSwizzleBytes;
-          for (int box = 0; box < kKBoxes; ++box) {
-            tma_load(shared_.k[ring_.slot] + box * kBlockBytes + offset, maps_.k, barrier, box * kBoxColumns, place.row,
-                     rows.kv_head, place.group);
-          }
-          for (int box = 0; box < kVBoxes; ++box) {
-            tma_load(shared_.v[ring_.slot] + box * kBlockBytes + offset, maps_.v, barrier, box * kBoxColumns, place.row,
-                     rows.kv_head, place.group);
-          }
-        }
+        copy_boxes<kKBoxes>(shared_.k[ring_.slot], maps_.k, shared_.full_k[ring_.slot], rows.kv_head, places);
+        copy_boxes<kVBoxes>(shared_.v[ring_.slot], maps_.v, shared_.full_v[ring_.slot], rows.kv_head, places);
       }
       ring_.advance();
+    }
+  }
+
+  template <int kBoxes>
+  __device__ __forceinline__ static void copy_boxes(u8* buffer, const TensorMap& map, Barrier& barrier, int head,
+                                                    const KeyPlace (&places)[kPieces]) {
+    barrier.arrive_expect(kBoxes * kBlockBytes);
+    for (int piece = 0; piece < kPieces; ++piece) {
+      u8* to = buffer + piece * spec::kBoxKeys * kSwizzleBytes;
+      for (int box = 0; box < kBoxes; ++box) {
+        tma_load(to + box * kBlockBytes, map, barrier, box * kBoxColumns, places[piece].row, head, places[piece].group);
+      }
     }
   }
 
@@ -177,8 +177,9 @@ class Loader {
       look_up(rows, share, block_ + kLoaders, next);
       shared_.empty[ring_.slot].wait(ring_.phase ^ 1);
       gather_rows<kKBoxes>(shared_.k[ring_.slot], operands_.k, params_.head_dim * kKvBytes, keys);
+      arrive_after_copies(shared_.full_k[ring_.slot]);
       gather_rows<kVBoxes>(shared_.v[ring_.slot], operands_.v, params_.head_dim_v * kKvBytes, keys);
-      arrive_after_copies(shared_.full[ring_.slot]);
+      arrive_after_copies(shared_.full_v[ring_.slot]);
       for (int i = 0; i < kLoaders; ++i) ring_.advance();
     }
     block_ -= share.count;

@@ -43,11 +43,10 @@ class Consumer {
       const int part = i;  // by the order of keys, whichever warp has which
       for (; i < share.count; i += kKeyWarps) {
         const int block = share.block(i);
-        shared_.full[ring.slot].wait(ring.phase);
         if (block >= share.blocks.full_begin && block < share.blocks.full_end) {
-          multiply<false>(work, shared_.q[works.slot], ring.slot, block);
+          multiply<false>(work, shared_.q[works.slot], ring, block);
         } else {
-          multiply<true>(work, shared_.q[works.slot], ring.slot, block);
+          multiply<true>(work, shared_.q[works.slot], ring, block);
         }
         __syncwarp();
         shared_.empty[ring.slot].arrive_if(lane_index() == 0);
@@ -126,14 +125,16 @@ class Consumer {
 
   // A block of keys; at an edge some of its keys are not seen, and some of its rows may hold anything.
   template <bool kEdge>
-  __device__ __forceinline__ void multiply(const Work& work, const u8 (&q)[spec::kTileM][kQStride], int slot,
-                                           int block) {
+  __device__ __forceinline__ void multiply(const Work& work, const u8 (&q)[spec::kTileM][kQStride],
+                                           const Ring<spec::kStages>& ring, int block) {
     Scores s;
-    scores(s, q, shared_.k[slot]);
+    shared_.full_k[ring.slot].wait(ring.phase);
+    scores(s, q, shared_.k[ring.slot]);
     if constexpr (kEdge) mask(s, work, block * spec::kTileN);
     exponentiate(s);
     const Tile& tile = work.rows.tile;
-    values<kEdge>(s, shared_.v[slot], first_used_in(tile, block), last_used_in(tile, block));
+    shared_.full_v[ring.slot].wait(ring.phase);
+    values<kEdge>(s, shared_.v[ring.slot], first_used_in(tile, block), last_used_in(tile, block));
   }
 
   // The exponents of 2 that K Q^T makes. Where few products are independent there are two chains of them to a score, of
@@ -194,11 +195,13 @@ class Consumer {
     for (int n = 0; n < kEights; ++n) {
 #pragma unroll
       for (int e = 0; e < 2; ++e) {
-        const Row& seeing = work.row[row(n, e)];
+        const Row& known = work.row[row(n, e)];
+        const int first_seen = known.first_key - own;
+        const int last_seen = known.last_key - own;
 #pragma unroll
         for (int key = 0; key < spec::kTileN; key += 8) {
-          const bool seen = own + key >= seeing.first_key && own + key < seeing.last_key;
-          if (!seen) s[n][key / 16][key / 8 % 2 * 2 + e] = -kInfinity;
+          float& x = s[n][key / 16][key / 8 % 2 * 2 + e];
+          x = (key >= first_seen) & (key < last_seen) ? x : -kInfinity;  // no branch
         }
       }
     }

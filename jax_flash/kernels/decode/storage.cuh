@@ -108,7 +108,8 @@ struct alignas(1024) SharedStorage {
   alignas(16) float out[kKeyWarps][spec::kTileM][kOutStride];
   float largest[kKeyWarps][spec::kTileM];
   float sum[kKeyWarps][spec::kTileM];
-  Barrier full[spec::kStages];
+  Barrier full_k[spec::kStages];
+  Barrier full_v[spec::kStages];
   Barrier empty[spec::kStages];
   Barrier all_received;
   int last;  // whether this CTA is the last one that has worked on its rows
@@ -122,7 +123,8 @@ struct alignas(1024) SharedStorage {
     if (lane_index() != 0) return;
 #pragma unroll
     for (int stage = 0; stage < spec::kStages; stage += kWarps) {
-      full[stage + warp].init(spec::kGathers ? kWarpSize : 1);
+      full_k[stage + warp].init(spec::kGathers ? kWarpSize : 1);
+      full_v[stage + warp].init(spec::kGathers ? kWarpSize : 1);
       empty[stage + warp].init(kRowWarps);
     }
   }
