@@ -87,6 +87,7 @@ __device__ __forceinline__ void find_work(SharedStorage& shared, Rows rows, cons
     }
     work.full.arrive();
     if (!spec::kDraws || rows.count == 0) return;
+    if constexpr (kDrawsLate) work.ending.wait(ring.phase);
     rows = draw(operands, params, grid);
     ring.advance();
   }

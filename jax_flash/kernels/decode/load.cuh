@@ -22,7 +22,8 @@ __device__ __forceinline__ void store_q(u8* row, int word, u32 value) {
   *reinterpret_cast<u32*>(row + word * 4) = value;
 }
 
-// By one warp, some vectors of 16 bytes at a time. Rows that a tile lacks are those of its last one.
+// By one warp, some vectors of 16 bytes at a time. Rows that a tile lacks are those of its last one. Vectors are
+// counted from a constant on, so that the compiler sees which there are: else it moves loads behind branches.
 __device__ __forceinline__ void load_q(u8 (&q)[spec::kTileM][kQStride], const Rows& rows, const Operands& operands,
                                        const Params& params) {
   constexpr int kColumns = 16 / spec::Query::kBytes;  // of a vector
@@ -30,12 +31,13 @@ __device__ __forceinline__ void load_q(u8 (&q)[spec::kTileM][kQStride], const Ro
   constexpr int kVectorsOfLane = (spec::kTileM * kVectorsOfRow + kWarpSize - 1) / kWarpSize;
   constexpr int kAtOnce = kVectorsOfLane < 8 ? kVectorsOfLane : 8;
 #pragma unroll 1
-  for (int first = lane_index(); first < spec::kTileM * kVectorsOfRow; first += kAtOnce * kWarpSize) {
+  for (int first = 0; first < kVectorsOfLane; first += kAtOnce) {
     uint4 vectors[kAtOnce];
 #pragma unroll
     for (int i = 0; i < kAtOnce; ++i) {
-      const int row = min((first + i * kWarpSize) / kVectorsOfRow, rows.count - 1);
-      const int column = (first + i * kWarpSize) % kVectorsOfRow * kColumns;
+      const int vector = (first + i) * kWarpSize + lane_index();
+      const int row = min(vector / kVectorsOfRow, rows.count - 1);
+      const int column = vector % kVectorsOfRow * kColumns;
       const u8* from = static_cast<const u8*>(operands.q);
       from +=
           (rows.index(row, params) * params.head_dim + min(column, params.head_dim - kColumns)) * spec::Query::kBytes;
@@ -43,8 +45,9 @@ __device__ __forceinline__ void load_q(u8 (&q)[spec::kTileM][kQStride], const Ro
     }
 #pragma unroll
     for (int i = 0; i < kAtOnce; ++i) {
-      const int row = (first + i * kWarpSize) / kVectorsOfRow;
-      const int column = (first + i * kWarpSize) % kVectorsOfRow * kColumns;
+      const int vector = (first + i) * kWarpSize + lane_index();
+      const int row = vector / kVectorsOfRow;
+      const int column = vector % kVectorsOfRow * kColumns;
       if (row >= spec::kTileM) break;
       const bool there = column < params.head_dim;
       const u32 words[4] = {vectors[i].x, vectors[i].y, vectors[i].z, vectors[i].w};
@@ -117,33 +120,37 @@ class Loader {
 
   // The first tile of the CTA it knows without being told.
   __device__ __forceinline__ void run(const Rows& first, const Grid& grid) {
-    if (first.count > 0) load(first, Share(first, params_, grid));
-    if constexpr (!spec::kDraws) return;
     Ring<kWorkSlots> works;
+    if (first.count > 0) load(first, Share(first, params_, grid), shared_.work[works.slot].ending);
+    if constexpr (!spec::kDraws) return;
     for (bool is_first = true;; is_first = false) {
       Work& work = shared_.work[works.slot];
       work.located.wait(works.phase);
       if (work.rows.count == 0) return;
-      if (!is_first) load(work.rows, work.share);
+      if (!is_first) load(work.rows, work.share, work.ending);
       work.empty.arrive();
       works.advance();
     }
   }
 
  private:
-  __device__ __forceinline__ void load(const Rows& rows, const Share& share) {
+  __device__ __forceinline__ void load(const Rows& rows, const Share& share, Barrier& ending) {
     if constexpr (spec::kGathers) {
+      if constexpr (kDrawsLate) ending.arrive_if(lane_index() == 0);  // early, for warps are at different blocks
       gather(rows, share);
     } else {
-      copy(rows, share);
+      copy(rows, share, ending);
     }
   }
 
   // By TMA. A warp takes some cycles for each instruction here, and is to have filled the ring soon.
-  __device__ __forceinline__ void copy(const Rows& rows, const Share& share) {
+  __device__ __forceinline__ void copy(const Rows& rows, const Share& share, Barrier& ending) {
     Pieces pieces(rows, share, operands_, params_);
+    const int last_ring = max(0, share.count - spec::kStages);
 #pragma unroll 1
-    for (int i = 0; i < share.count; ++i) {
+    for (int i = 0;; ++i) {
+      if (kDrawsLate && i == last_ring) ending.arrive_if(lane_index() == 0);
+      if (i == share.count) break;
       KeyPlace places[kPieces];
       pieces.locate(i, places);
       shared_.empty[ring_.slot].wait(ring_.phase ^ 1);

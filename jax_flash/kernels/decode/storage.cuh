@@ -59,12 +59,17 @@ struct Work {
   Barrier located;  // its rows and blocks are known,
   Barrier full;     // and Q and the rest are there
   Barrier empty;    // all who read it have done so
+  Barrier ending;   // few of its keys are still to be loaded
   Rows rows;
   Share share;
   float v_scale;
   Row row[spec::kTileM];
 };
 constexpr int kWorkSlots = spec::kDraws ? 2 : 1;
+
+// Whether a CTA draws its next tile only when it has nearly loaded the present one. Long sequences are split, and may
+// differ in length: so those draw more that had short ones. Shorter ones are faster by a percent drawn early.
+constexpr bool kDrawsLate = spec::kDraws && spec::kPartial;
 
 // kPartColumns columns of a row of the output, counted through all of a tile's.
 constexpr int kVectors = spec::kHeadDimV / kPartColumns;  // of a row
@@ -136,6 +141,7 @@ struct alignas(1024) SharedStorage {
       each.located.init(1);
       each.full.init(kWarpSize);
       each.empty.init(kConsumerThreads + kLoaders * kWarpSize);
+      if constexpr (kDrawsLate) each.ending.init(kLoaders);
     }
     all_received.init(1);
   }
