@@ -177,6 +177,6 @@ def shared_bytes(
     parts = key_warps(tile_m) * tile_m * (4 * (head_dim_v + 4) + 8)
     works = 2 if draws else 1
     q = works * tile_m * (2 * head_dim + 16)
-    work = works * -(-(160 + 32 * tile_m) // 16) * 16
+    work = works * (160 + 32 * tile_m)
     barriers = 24 * stages + 16
     return -(-(ring + received + q + parts + work + barriers) // 1024) * 1024

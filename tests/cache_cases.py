@@ -160,6 +160,7 @@ QUERIES = [
 _ALL = {"window_size": (30, 0), "softcap": 4.0, "sinks": True}
 _SHORT, _LONG = (0, 112, 1), (300, 1000, 0, 513)
 _WIDE = {"q_lens": (4,) * 3, "k_lens": (1600, 37, 990), "capacity": 1600, "heads": 16, "kv_heads": 2, "num_splits": 1}
+_UNEVEN = {"q_lens": (3,) * 40, "k_lens": tuple(2600 * (i * 23 % 40) ** 2 // 1521 for i in range(40)), "capacity": 2608}
 FEATURES = [
     CacheCase(id=f"{name}-{dtype}", dtype=dtype, **options)
     for name, dtype, options in (
@@ -184,6 +185,10 @@ FEATURES = [
         ("long-dense", "float16", {"q_lens": (1,) * 4, "k_lens": _LONG, "capacity": 1000, "num_splits": 3}),
         ("long-one-split", "bfloat16", {"q_lens": (1,) * 4, "k_lens": _LONG, "capacity": 1000, "num_splits": 1}),
         ("long", "float8_e4m3fn", {"q_lens": (2,) * 4, "k_lens": _LONG, "capacity": 1008, "page_size": 48}),
+        ("uneven", "bfloat16", _UNEVEN | {"num_splits": 3}),
+        ("uneven-pages-of-16", "float8_e4m3fn", _UNEVEN | {"num_splits": 2, "page_size": 16}),
+        ("uneven-pages-of-1", "float16", _UNEVEN | {"num_splits": 3, "page_size": 1}),
+        ("uneven-packed", "float16", _UNEVEN | {"num_splits": 2, "packed_q": True, "q_lens": (1, 5, 0, 3) * 10}),
         ("no-lse", "bfloat16", {"return_lse": False, "page_size": 16}),
         *(
             (f"wide-pages-of-{size}", "bfloat16", {"head_dim": 192, "head_dim_v": 128, "page_size": size, **_WIDE})

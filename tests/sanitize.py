@@ -77,7 +77,18 @@ CACHE_CASES = [
     ),
     CacheCase(id="cache-packed", page_size=1, packed_q=True, packed_new=True, rotary=1.0, q_lens=(1, 9, 4), sinks=True),
     CacheCase(id="cache-draws", q_lens=(1,) * 140, k_lens=(40, 9, 70, 112, 0) * 28, num_splits=1),
-    CacheCase(id="cache-draws-splits", q_lens=(1,) * 40, k_lens=(112, 30) * 20, dtype="float8_e4m3fn", num_splits=9),
+    *(
+        CacheCase(
+            id=f"cache-draws-splits-{page_size}",
+            dtype=dtype,
+            q_lens=(1,) * 40,
+            k_lens=(1700, 30, 0, 900) * 10,
+            capacity=1700,
+            page_size=page_size,
+            num_splits=2,
+        )
+        for page_size, dtype in ((None, "float8_e4m3fn"), (1, "float16"))
+    ),
     CacheCase(id="cache-high", q_lens=(11,) * 3, heads=12),
     CacheCase(id="cache-many", page_size=16, q_lens=(64, 64, 64), heads=12, window_size=(30, 0)),
 ]

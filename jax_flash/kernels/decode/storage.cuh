@@ -35,7 +35,7 @@ constexpr int kConsumerThreads = kWarps * kWarpSize;
 constexpr int kThreads = spec::kThreads;
 constexpr int kLoaders = kThreads / kWarpSize - kWarps - 1;  // warps that load keys and values; one finds tiles
 static_assert(spec::kGathers || kLoaders == 1, "TMA needs one");
-// A warp that waited for a buffer that others use too could take an older phase of its barrier for the one to come.
+// A warp that waited for a buffer that others use too could take an older phase of its barriers for the one to come.
 static_assert(spec::kStages % kKeyWarps == 0 && spec::kStages % kLoaders == 0, "a buffer is always the same warp's");
 
 // A named barrier; 0 is __syncthreads.
@@ -59,7 +59,7 @@ struct Work {
   Barrier located;  // its rows and blocks are known,
   Barrier full;     // and Q and the rest are there
   Barrier empty;    // all who read it have done so
-  Barrier ending;   // few of its keys are still to be loaded
+  Barrier ending;   // few of its keys are still to be loaded; where they are gathered, some are
   Rows rows;
   Share share;
   float v_scale;
@@ -67,8 +67,8 @@ struct Work {
 };
 constexpr int kWorkSlots = spec::kDraws ? 2 : 1;
 
-// Whether a CTA draws its next tile only when it has nearly loaded the present one. Long sequences are split, and may
-// differ in length: so those draw more that had short ones. Shorter ones are faster by a percent drawn early.
+// Whether a CTA draws its next tile only when it has nearly loaded the present one. Split tiles are mostly long, and
+// may differ in length: so those draw more that had short ones. Others, of 16 bits, are a percent faster drawn early.
 constexpr bool kDrawsLate = spec::kDraws && spec::kPartial;
 
 // kPartColumns columns of a row of the output, counted through all of a tile's.
