@@ -251,7 +251,10 @@ def _check_softmax(call: Request) -> None:
     if window is not None:
         pair = isinstance(window, (tuple, list)) and len(window) == 2
         if not pair or not all(side is None or is_int(side) for side in window):
-            raise TypeError(f"window_size must be a pair (left, right) of ints or None, got {describe(window)}.")
+            raise TypeError(
+                "window_size must be a pair (left, right) of Python ints or None, known while tracing, "
+                f"got {describe(window)}."
+            )
         if any(side is not None and side < -1 for side in window):
             raise ValueError(f"window_size must have entries of -1 (unbounded) or more, got {_SHORT.repr(window)}.")
 

@@ -60,8 +60,8 @@ def _check_sequences(call: CacheCall) -> None:
         check_int32("cache_seqlens", call.cache_seqlens)
         if call.cache_seqlens.shape not in ((), (batch,)):
             raise ValueError(
-                f"cache_seqlens must have shape ({batch},), one length a sequence, or () for all, "
-                f"got shape {call.cache_seqlens.shape}."
+                f"cache_seqlens must have shape ({batch},), one length for each sequence of "
+                f"{'cu_seqlens_q' if call.packed_q else 'q'}, or () for all, got shape {call.cache_seqlens.shape}."
             )
     if call.cache_leftpad is not None:
         check_lengths("cache_leftpad", call.cache_leftpad, (batch,))

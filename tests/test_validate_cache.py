@@ -99,7 +99,7 @@ BAD = {
     "lengths-shape": (
         dense(cache_seqlens=ints(4)),
         ValueError,
-        r"cache_seqlens must have shape \(3,\), one length a sequence, or \(\) for all, got shape \(4,\)",
+        r"cache_seqlens must have shape \(3,\), one length for each sequence of q, or \(\) for all, got shape \(4,\)",
     ),
     "leftpad-dtype": (dense(cache_leftpad=5), TypeError, "cache_leftpad must be an int32 array, got 5 of type int"),
     "leftpad-shape": (dense(cache_leftpad=ints(2)), ValueError, r"cache_leftpad must have shape \(3,\)"),
