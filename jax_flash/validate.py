@@ -160,10 +160,12 @@ def _check_sequences(call: Call) -> None:
             check_lengths(name, getattr(call, name), (batch,))
 
 
-def check_batch(name, x, batch) -> None:
-    """Checks that a dense array has as many sequences as q."""
+def check_batch(name, x, batch, unless: str = "") -> None:
+    """Checks that a dense array has as many sequences as q; `unless` says what else it may have."""
     if x.shape[0] != batch:
-        raise ValueError(f"{name} must have a batch of {batch} for the {batch} sequences of q, got shape {x.shape}.")
+        raise ValueError(
+            f"{name} must have a batch of {batch} for the {batch} sequences of q{unless}, got shape {x.shape}."
+        )
 
 
 def check_cu_seqlens(name, cu_seqlens, side, x) -> None:

@@ -68,11 +68,7 @@ def _check_sequences(call: CacheCall) -> None:
     if call.page_table is not None:
         _check_pages(call)
     elif call.cache_batch_idx is None:
-        if call.k_cache.shape[0] != batch:
-            raise ValueError(
-                f"k_cache must have a batch of {batch} for the {batch} sequences of q, or come with page_table or "
-                f"cache_batch_idx, got shape {call.k_cache.shape}."
-            )
+        check_batch("k_cache", call.k_cache, batch, ", or come with page_table or cache_batch_idx")
     else:
         check_int32("cache_batch_idx", call.cache_batch_idx)
         if call.cache_batch_idx.shape != (batch,):
