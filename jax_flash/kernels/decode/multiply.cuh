@@ -49,7 +49,7 @@ class Consumer {
           multiply<true>(work, shared_.q[works.slot], ring, block);
         }
         __syncwarp();
-        shared_.empty[ring.slot].arrive_if(lane_index() == 0);
+        shared_.empty[ring.slot].arrive_if(lane_index() < kRingLanes);
         for (int j = 0; j < kKeyWarps; ++j) ring.advance();
       }
       i -= share.count;

@@ -38,6 +38,10 @@ static_assert(spec::kGathers || kLoaders == 1, "TMA needs one");
 // A warp that waited for a buffer that others use too could take an older phase of its barriers for the one to come.
 static_assert(spec::kStages % kKeyWarps == 0 && spec::kStages % kLoaders == 0, "a buffer is always the same warp's");
 
+// Lanes of a warp that arrive at a barrier of the ring: one for TMA, and for a warp that has read what TMA brought; all
+// where each has copied keys, and to give these back too: docs/sanitizer.md.
+constexpr int kRingLanes = spec::kGathers ? kWarpSize : 1;
+
 // A named barrier; 0 is __syncthreads.
 constexpr int kConsumerBarrier = 1;
 
@@ -128,9 +132,9 @@ struct alignas(1024) SharedStorage {
     if (lane_index() != 0) return;
 #pragma unroll
     for (int stage = 0; stage < spec::kStages; stage += kWarps) {
-      full_k[stage + warp].init(spec::kGathers ? kWarpSize : 1);
-      full_v[stage + warp].init(spec::kGathers ? kWarpSize : 1);
-      empty[stage + warp].init(kRowWarps);
+      full_k[stage + warp].init(kRingLanes);
+      full_v[stage + warp].init(kRingLanes);
+      empty[stage + warp].init(kRowWarps * kRingLanes);
     }
   }
 
