@@ -176,6 +176,7 @@ def decodes() -> list[Row]:
         *(decode("float16", *shape, kv_dtype=fp8) for shape in LARGE_CACHES),
         *(decode(fp8, *shape) for shape in LARGE_CACHES),
         *(decode("float16", 64, 8192, 32, 8, page_size=size) for size in (1, 16, 64, 256)),
+        *(decode("float16", 64, 8192, 32, 8, page_size=size, kv_dtype=fp8) for size in (1, 16, 64)),
         decode("float16", 64, 0, 32, 8, kv_lengths=RAGGED),
         decode("float16", 64, round(statistics.mean(RAGGED)), 32, 8),
         decode("float16", 64, 8192, 32, 8, q_lengths=(4,) * 64, causal=True),

@@ -63,7 +63,7 @@ struct Work {
   Barrier located;  // its rows and blocks are known,
   Barrier full;     // and Q and the rest are there
   Barrier empty;    // all who read it have done so
-  Barrier ending;   // few of its keys are still to be loaded; where they are gathered, some are
+  Barrier ending;   // few of its keys are still to be loaded; where they are gathered, all who do so have begun
   Rows rows;
   Share share;
   float v_scale;
@@ -71,8 +71,8 @@ struct Work {
 };
 constexpr int kWorkSlots = spec::kDraws ? 2 : 1;
 
-// Whether a CTA draws its next tile only when it has nearly loaded the present one. Split tiles are mostly long, and
-// may differ in length: so those draw more that had short ones. Others, of 16 bits, are a percent faster drawn early.
+// Whether a CTA draws its next tile only towards the end of the present one. Split tiles are mostly long, and may
+// differ in length: so those draw more that had short ones. Others, of 16 bits, are a percent faster drawn early.
 constexpr bool kDrawsLate = spec::kDraws && spec::kPartial;
 
 // kPartColumns columns of a row of the output, counted through all of a tile's.
