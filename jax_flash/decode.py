@@ -32,10 +32,6 @@ BUFFERS = 2
 WARPS = 4
 """That multiply, as kernels/decode/storage.cuh has it; more are not faster, even where they widen keys and values."""
 
-GATHERING_WARPS = {128: 4, 256: 2}
-"""That copy keys one by one where pages allow TMA fewer than LEAST_BOX_KEYS, by head dim up to which: more would take
-registers from those that multiply."""
-
 MAX_CLUSTER = 8
 """CTAs of a cluster that every GPU of compute capability 9.0 takes."""
 
@@ -131,8 +127,7 @@ def _tilings(fixed: dict[str, Any], page_size: int | None) -> Iterator[DecodeSpe
         stages *= max(1, fitting // tile_n)
         box = heuristics.box_keys(page_size, tile_n)
         gathers = box < heuristics.LEAST_BOX_KEYS
-        dim = max(fixed["head_dim"], fixed["head_dim_v"])
-        loaders = next(warps for most, warps in GATHERING_WARPS.items() if dim <= most) if gathers else 1
+        loaders = gathering_warps(fixed["tile_m"], max(fixed["head_dim"], fixed["head_dim_v"])) if gathers else 1
         part_floats = fixed["tile_m"] * (fixed["head_dim_v"] + 2)
         tiling: dict[str, Any] = {"tile_n": tile_n, "stages": stages}
         yield DecodeSpec(
@@ -154,6 +149,14 @@ def fits(spec: DecodeSpec) -> bool:
 def key_warps(tile_m: int) -> int:
     """Warps that have keys of their own; others share them, for each has 16 rows at most."""
     return WARPS // max(1, tile_m // 16)
+
+
+def gathering_warps(tile_m: int, head_dim: int) -> int:
+    """Warps that copy keys one by one, where pages allow TMA fewer than LEAST_BOX_KEYS: as many as leave those that
+    multiply their registers."""
+    if tile_m == 8 or head_dim <= 64:
+        return 8
+    return 4 if head_dim <= 128 else 2
 
 
 def key_bytes(fixed: dict[str, Any]) -> int:

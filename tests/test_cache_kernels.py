@@ -83,6 +83,17 @@ def test_decode_counts_its_shared_memory(tile_m, num_splits):
         jit.compile(source + 'extern "C" __global__ void decode() {}\n}\n')
 
 
+@pytest.mark.parametrize("page_size", [None, 4])
+@pytest.mark.parametrize("tile_m", decode.TILES_M)
+def test_a_buffer_is_always_the_same_warps(tile_m, page_size):
+    """storage.cuh tells why."""
+    dims, elements = itertools.product(heuristics.HEAD_DIMS, repeat=2), ("bfloat16", "float8_e4m3fn")
+    for (head_dim, head_dim_v), element, splits in itertools.product(dims, elements, (1, 3, 8, 40)):
+        spec = of_decode("bfloat16", element, head_dim, head_dim_v, tile_m, (), page_size, 200, splits)
+        assert spec.stages % (spec.threads // 32 - decode.WARPS - 1) == 0
+        assert spec.stages % decode.key_warps(tile_m) == 0
+
+
 @pytest.mark.parametrize(
     ("query", "new", "cache", "table"),
     [

@@ -74,6 +74,9 @@ class Consumer {
   using Scores = float[kEights][kKeySixteens][4];
   using OfRows = float[kEights][2];  // something of each row of Q that a thread has scores of
 
+  // This lane, as addresses in a block follow from it: anew for each, where warps that gather keys take registers.
+  __device__ __forceinline__ static int own_lane() { return spec::kGathers ? opaque(lane_index()) : lane_index(); }
+
   // The row of Q that numbers e and 2 + e of products are of.
   __device__ __forceinline__ int row(int eight, int e) const {
     return first_row_ + 8 * eight + lane_index() % 4 * 2 + e;
@@ -140,7 +143,7 @@ class Consumer {
   // The exponents of 2 that K Q^T makes. Where few products are independent there are two chains of them to a score, of
   // every other 16 columns.
   __device__ __forceinline__ void scores(Scores& s, const u8 (&q)[spec::kTileM][kQStride], const u8* k) const {
-    const int lane = lane_index();
+    const int lane = own_lane();
     constexpr int kChains = kEights * kKeySixteens < 8 ? 2 : 1;
     Scores chains[kChains]{};
 #pragma unroll
@@ -152,10 +155,11 @@ class Consumer {
       }
 #pragma unroll
       for (int i = 0; i < kKeySixteens; ++i) {
+        const u8* keys = k + 16 * i * kSwizzleBytes;
         u32 a[2][4];
         if constexpr (spec::kWidens) {
           u32 x[4];
-          load_matrices(x, k + vector_offset(16 * i + lane % 16, column / 16 + lane / 16));
+          load_matrices(x, keys + vector_offset(lane % 16, column / 16 + lane / 16));
 #pragma unroll
           for (int j = 0; j < 4; ++j) {
             const Wide wide = widen(x[j]);
@@ -163,8 +167,8 @@ class Consumer {
             a[j / 2][2 + j % 2] = wide.high;
           }
         } else {
-          load_matrices(a[0], k + vector_offset(16 * i + lane % 16, column / 8 + lane / 16));
-          load_matrices(a[1], k + vector_offset(16 * i + lane % 16, column / 8 + 2 + lane / 16));
+          load_matrices(a[0], keys + vector_offset(lane % 16, column / 8 + lane / 16));
+          load_matrices(a[1], keys + vector_offset(lane % 16, column / 8 + 2 + lane / 16));
         }
 #pragma unroll
         for (int n = 0; n < kEights; ++n) {
@@ -262,9 +266,10 @@ class Consumer {
   // O^T += V^T P^T, of the keys of the block from `first` to `last`; others may hold anything.
   template <bool kEdge>
   __device__ __forceinline__ void values(const Scores& s, const u8* v, int first, int last) {
-    const int lane = lane_index();
+    const int lane = own_lane();
 #pragma unroll
     for (int i = 0; i < kKeySixteens; ++i) {
+      const u8* keys = v + 16 * i * kSwizzleBytes;
       u32 p[kEights][2];
 #pragma unroll
       for (int n = 0; n < kEights; ++n) {
@@ -284,7 +289,7 @@ class Consumer {
       for (int j = 0; j < kOutSixteens; j += kVectorSixteens) {
         u32 x[4];  // words of two vectors of the first eight keys, and of the others
         load_matrices_transposed(
-            x, v + vector_offset(16 * i + lane / 16 * 8 + lane % 8, 2 * j / kVectorSixteens + lane / 8 % 2));
+            x, keys + vector_offset(lane / 16 * 8 + lane % 8, 2 * j / kVectorSixteens + lane / 8 % 2));
 #pragma unroll
         for (int word = 0; word < 4; ++word) x[word] &= used[word / 2];
         if constexpr (spec::kWidens) {
