@@ -75,7 +75,10 @@ class Consumer {
   using OfRows = float[kEights][2];  // something of each row of Q that a thread has scores of
 
   // This lane, as addresses in a block follow from it: anew for each, where warps that gather keys take registers.
-  __device__ __forceinline__ static int own_lane() { return spec::kGathers ? opaque(lane_index()) : lane_index(); }
+  __device__ __forceinline__ static int own_lane() {
+    constexpr int kMask = kWarpSize - 1;  // after which the compiler knows the range again
+    return spec::kGathers ? opaque(lane_index()) & kMask : lane_index();
+  }
 
   // The row of Q that numbers e and 2 + e of products are of.
   __device__ __forceinline__ int row(int eight, int e) const {

@@ -71,7 +71,7 @@ struct Work {
 };
 constexpr int kWorkSlots = spec::kDraws ? 2 : 1;
 
-// Whether a CTA draws its next tile only towards the end of the present one. Split tiles are mostly long, and may
+// Whether a CTA draws its next tile at `ending` of the present one, not at once. Split tiles are mostly long, and may
 // differ in length: so those draw more that had short ones. Others, of 16 bits, are a percent faster drawn early.
 constexpr bool kDrawsLate = spec::kDraws && spec::kPartial;
 
